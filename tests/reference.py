@@ -107,9 +107,9 @@ def reference(checkpoint: Path, ids: list[int], pixels: torch.Tensor, root: Path
 
     features = (s2(encode, pixels, config) if config.get("s2") else encode(pixels)).contiguous()
     projected, look_up = project(kind, w, features.clone()), model.get_input_embeddings()
-    assert ids.count(-200) == len(projected), f"{ids.count(-200)} placeholders, {len(projected)} pictures"
-    pictures = iter(projected)
-    pieces = [next(pictures) if token == -200 else look_up(torch.tensor([token])) for token in ids]
+    assert ids.count(-200) == len(projected), f"{ids.count(-200)} placeholders, {len(projected)} images"
+    images = iter(projected)
+    pieces = [next(images) if token == -200 else look_up(torch.tensor([token])) for token in ids]
     embeds = torch.cat(pieces)[: text.get("tokenizer_model_max_length")]
     logits = model(inputs_embeds=embeds[None], use_cache=False).logits[0]
     return {"vision": features, "projected": projected, "embeds": embeds, "logits": logits}

@@ -99,7 +99,7 @@ def vila(
     return model, VilaProcessor(tokenizer(), vision_spec=spec.to_dict(), template=template)
 
 
-def picture(seed: int, size: tuple[int, int] = (28, 28)) -> Image:
+def image(seed: int, size: tuple[int, int] = (28, 28)) -> Image:
     """A random image, as PNG bytes."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)

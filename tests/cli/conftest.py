@@ -1,4 +1,4 @@
-"""A tiny model on disk, a picture, and the command line called in this process."""
+"""A tiny model on disk, an image, and the command line called in this process."""
 
 import io
 import sys
@@ -19,9 +19,9 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def picture(tmp_path):
+def image(tmp_path):
     path = tmp_path / "p.png"
-    path.write_bytes(tiny.picture(1).source)
+    path.write_bytes(tiny.image(1).source)
     return path
 
 

@@ -25,13 +25,13 @@ def answer(vila, *arguments):
     return json.loads(out), err
 
 
-def test_both_backends_give_one_answer_and_say_who_they_are(vila, wide, picture):
-    by_torch, said = answer(vila, wide, "-i", picture, "-p", "what?", "--backend", "torch")
+def test_both_backends_give_one_answer_and_say_who_they_are(vila, wide, image):
+    by_torch, said = answer(vila, wide, "-i", image, "-p", "what?", "--backend", "torch")
     assert words(said) >= {"torch", "cpu", "float32"}
-    by_onnx, said = answer(vila, wide, "-i", picture, "-p", "what?", "--backend", "onnx", "--lm-head-bits", 32)
+    by_onnx, said = answer(vila, wide, "-i", image, "-p", "what?", "--backend", "onnx", "--lm-head-bits", 32)
     assert words(said) >= {"onnx", "cpu", "float32", "32-bit"}
     assert by_onnx == by_torch
-    assert answer(vila, wide, "-i", picture, "-p", "what?") == (by_torch, "")
+    assert answer(vila, wide, "-i", image, "-p", "what?") == (by_torch, "")
 
 
 def test_threads_are_those_of_every_backend(vila, wide):

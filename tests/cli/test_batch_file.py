@@ -18,29 +18,29 @@ TURNS = [
 ROWS = [
     {"id": "a", "prompt": "what?", "image": "p.png"},
     {"id": 7, "messages": TURNS},
-    {"prompt": "no picture"},
+    {"prompt": "no image"},
     {"id": "b", "prompt": "<image> and <image>", "images": ["p.png", "p.png"]},
 ]
 
 
 @pytest.fixture
-def rows(tmp_path, picture):
+def rows(tmp_path, image):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n\n".join(json.dumps(row) for row in ROWS) + "\n")
     return path
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_answers_come_in_the_order_of_the_rows(vila, model, picture, rows, monkeypatch, size):
+def test_answers_come_in_the_order_of_the_rows(vila, model, image, rows, monkeypatch, size):
     monkeypatch.chdir("/")
     code, out, err = vila("run", model, "--batch-file", rows, "--batch-size", size, *NEW)
     assert code == 0, err
     answers = [json.loads(line) for line in out.splitlines()]
-    p = Image(picture)
+    p = Image(image)
     conversations = [
         [Message.of("user", p, "what?")],
         [Message.of("user", p, "one?"), Message.of("assistant", "1"), Message.of("user", "two?")],
-        [Message.of("user", "no picture")],
+        [Message.of("user", "no image")],
         [Message.of("user", p, " and ", p)],
     ]
     expected = Engine.load(model, dtype="float32").complete(conversations, max_new_tokens=5)
@@ -128,7 +128,7 @@ def test_truncation_is_counted_in_each_row(vila, model, tmp_path):
         ('{"prompt": "' + "x" * 600 + '"}', None),
     ],
 )
-def test_a_bad_row_is_named_before_any_weight_is_read(vila_error, model, picture, tmp_path, monkeypatch, row, field):
+def test_a_bad_row_is_named_before_any_weight_is_read(vila_error, model, image, tmp_path, monkeypatch, row, field):
     (tmp_path / "page.png").write_text("<!DOCTYPE html>")
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"prompt": "good"}\n' + row.encode("latin-1") + b"\n")
@@ -141,7 +141,7 @@ def test_a_bad_row_is_named_before_any_weight_is_read(vila_error, model, picture
     assert (error.file, error.record, error.field) == (str(path), "line 2", field)
 
 
-def test_a_row_may_ask_about_an_image_without_a_word(vila, model, picture, tmp_path):
+def test_a_row_may_ask_about_an_image_without_a_word(vila, model, image, tmp_path):
     path = tmp_path / "rows.jsonl"
     parts = [{"type": "image", "path": "p.png"}]
     rows = [{"prompt": "", "image": "p.png"}, {"messages": [{"role": "user", "content": parts}]}]

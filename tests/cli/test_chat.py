@@ -89,10 +89,10 @@ def answers(shown):
     return [line.removeprefix("vila> ") for line in shown.splitlines() if line.startswith("vila> ")]
 
 
-def test_turns_and_pictures_build_up(chat, picture, tmp_path):
+def test_turns_and_images_build_up(chat, image, tmp_path):
     other = tmp_path / "q.png"
-    other.write_bytes(tiny.picture(2, (30, 20)).source)
-    shown = chat(f"/image {picture}", f"/image {other}", "what?", "and?")
+    other.write_bytes(tiny.image(2, (30, 20)).source)
+    shown = chat(f"/image {image}", f"/image {other}", "what?", "and?")
     assert words(shown) >= {"28x28", "30x20"}
     assert answers(shown) == ["what?!", "and?!"]
     first, second = chat.engine.asked
@@ -102,8 +102,8 @@ def test_turns_and_pictures_build_up(chat, picture, tmp_path):
 
 def test_a_clip_is_expanded_once_and_stays_in_the_conversation(chat, tmp_path):
     clip = tmp_path / "c.gif"
-    pictures = [PilImage.new("RGB", (28, 28), (20 * n, 0, 0)) for n in range(12)]
-    pictures[0].save(clip, save_all=True, append_images=pictures[1:])
+    images = [PilImage.new("RGB", (28, 28), (20 * n, 0, 0)) for n in range(12)]
+    images[0].save(clip, save_all=True, append_images=images[1:])
     shown = chat(f"/video {clip}", "what?", "and?")
     assert counts(shown)["frames"] == 8
     asked = chat.engine.asked[-1]
@@ -111,8 +111,8 @@ def test_a_clip_is_expanded_once_and_stays_in_the_conversation(chat, tmp_path):
     assert asked[0] == chat.engine.asked[0][0]
 
 
-def test_markers_place_the_images_that_are_attached(chat, picture):
-    chat(f"/image {picture}", "a <image> b <image>", "a <image> b")
+def test_markers_place_the_images_that_are_attached(chat, image):
+    chat(f"/image {image}", "a <image> b <image>", "a <image> b")
     assert [(type(error), error.field) for error in chat.errors] == [(MediaError, "the question")]
     assert [type(part) for part in chat.engine.asked[0][0].parts] == [Text, Image, Text]
 
@@ -125,10 +125,10 @@ def test_a_marker_without_an_image_is_an_error_that_names_the_command_to_add_one
     assert len(chat.engine.asked) == 1
 
 
-def test_undo_takes_back_media_first_then_exchanges(chat, picture):
-    shown = chat("one", "two", f"/image {picture}", "/undo", "/undo", "three", "/undo", "/undo", "/undo")
+def test_undo_takes_back_media_first_then_exchanges(chat, image):
+    shown = chat("one", "two", f"/image {image}", "/undo", "/undo", "three", "/undo", "/undo", "/undo")
     assert [line.partition(": ")[2] for line in shown.splitlines() if "removed" in line] == [
-        str(picture),
+        str(image),
         "two",
         "three",
         "one",
@@ -136,18 +136,18 @@ def test_undo_takes_back_media_first_then_exchanges(chat, picture):
     assert [message.text for message in chat.engine.asked[-1]] == ["one", "one!", "three"]
 
 
-def test_reset_forgets_all_but_the_system_text(chat, picture):
-    chat("/system be kind", "one", f"/image {picture}", "/reset", "two")
+def test_reset_forgets_all_but_the_system_text(chat, image):
+    chat("/system be kind", "one", f"/image {image}", "/reset", "two")
     assert chat.engine.asked[-1] == (Message.of("system", "be kind"), Message.of("user", "two"))
     chat("/system", "three")
     assert chat.engine.asked[-1][0] == Message.of("user", "two")
 
 
-def test_history_shows_who_said_what(chat, picture):
-    chat(f"/image {picture}", "what?", f"/image {picture}")
+def test_history_shows_who_said_what(chat, image):
+    chat(f"/image {image}", "what?", f"/image {image}")
     question, answer, attached = chat("/history").splitlines()
-    assert (question, answer) == (f"you> [{picture}] what?", "vila> what?!")
-    assert str(picture) in words(attached)
+    assert (question, answer) == (f"you> [{image}] what?", "vila> what?!")
+    assert str(image) in words(attached)
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(chat):
@@ -158,12 +158,12 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(chat):
     assert [message.text for message in chat.engine.asked[-1]] == ["abcdef", "abc", "on"]
 
 
-def test_ctrl_c_before_the_first_word_leaves_everything_as_it_was(chat, picture):
-    chat("one", f"/image {picture}")
+def test_ctrl_c_before_the_first_word_leaves_everything_as_it_was(chat, image):
+    chat("one", f"/image {image}")
     chat.engine.interrupt_after = 0
     chat("two")
     assert [turn.question for turn in chat.conversation.turns] == ["one"]
-    assert chat.conversation.pending == [str(picture)]
+    assert chat.conversation.pending == [str(image)]
 
 
 def test_ctrl_c_at_the_prompt_leaves_at_the_second_press(chat):
@@ -247,16 +247,16 @@ def test_names_are_read_as_typed_or_as_a_shell_would():
     assert split_names("https://x/a b.png") == ["https://x/a b.png"]
 
 
-def test_the_command_answers_lines_of_a_pipe(vila, model, picture, monkeypatch, tmp_path):
+def test_the_command_answers_lines_of_a_pipe(vila, model, image, monkeypatch, tmp_path):
     monkeypatch.setenv("VILA_CACHE", str(tmp_path / "cache"))
     flags = ("--max-new-tokens", 3, "--dtype", "float32")
     clip = tmp_path / "c.gif"
     frames = [PilImage.new("RGB", (28, 28), (20 * n, 0, 0)) for n in range(5)]
     frames[0].save(clip, save_all=True, append_images=frames[1:])
-    lines = f"/image {picture}\nwhat?\ngr\xfcn?\n/video {clip}\n/history\n".encode("latin-1")
+    lines = f"/image {image}\nwhat?\ngr\xfcn?\n/video {clip}\n/history\n".encode("latin-1")
     code, out, err = vila("chat", model, *flags, "--system", "x", "--num-video-frames", 3, stdin=lines)
     assert (code, err) == (0, "")
-    _, answer, _ = vila("run", model, "-i", picture, "-p", "what?", *flags, "--system", "x")
+    _, answer, _ = vila("run", model, "-i", image, "-p", "what?", *flags, "--system", "x")
     asked, answered = (out.splitlines().index(line) for line in ("you> what?", f"vila> {answer.rstrip()}"))
     assert answered == asked + 1
     assert out.count("error: ") == 1

@@ -97,7 +97,7 @@ def test_check_of_a_recipe_counts_tokens_and_finds_samples_that_are_too_long(vil
     assert (type(error), error.file) == (ConfigError, str(tmp_path / "recipe.yaml"))
 
 
-def test_from_csv_names_file_and_line_and_writes_nothing(vila, tmp_path, picture):
+def test_from_csv_names_file_and_line_and_writes_nothing(vila, tmp_path, image):
     table, out = tmp_path / "t.csv", tmp_path / "t.jsonl"
     table.write_text("image,question,answer\np.png,why?,so\nq.png,why?,so\np.png,,so\n../p.png,a,\np.png,a,b,c\n")
     code, _, err = vila("data", "from-csv", table, "--image-root", tmp_path, "--output", out)
@@ -111,7 +111,7 @@ def test_from_csv_names_file_and_line_and_writes_nothing(vila, tmp_path, picture
     assert "got 'picture, text'" in err
 
 
-def test_from_csv_takes_captions_and_refuses_pictures_outside(vila, tmp_path, picture):
+def test_from_csv_takes_captions_and_refuses_images_outside(vila, tmp_path, image):
     table, out, inside = tmp_path / "t.csv", tmp_path / "t.jsonl", tmp_path / "in"
     inside.mkdir()
     table.write_text("file,caption\np.png,a dot\n")
@@ -123,9 +123,9 @@ def test_from_csv_takes_captions_and_refuses_pictures_outside(vila, tmp_path, pi
     assert vila("data", "from-csv", table, "--image-root", inside, "--output", out)[0] == 1
 
 
-def test_check_names_missing_pictures_once_and_faults_with_every_sample(vila, tmp_path, picture):
-    def row(name, *pictures):
-        parts = [{"type": "image", "path": one} for one in pictures]
+def test_check_names_missing_images_once_and_faults_with_every_sample(vila, tmp_path, image):
+    def row(name, *images):
+        parts = [{"type": "image", "path": one} for one in images]
         return {"id": name, "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]}
 
     rows = [row("1", "p.png", "x.png", "y.png"), row("2", "x.png"), row("3", "p.png", "p.png")]
@@ -208,7 +208,7 @@ def test_inspect_tells_what_is_learnt_and_writes_one_page(vila, tmp_path):
     assert "24 samples" in err
 
 
-def test_check_counts_media_that_a_format_does_not_read(vila, tmp_path, picture):
+def test_check_counts_media_that_a_format_does_not_read(vila, tmp_path, image):
     turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "a dot"}]
     rows = [{"image": "p.png", "images": ["p.png"], "conversations": turns}, {"image": "p.png", "conversations": turns}]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
@@ -229,7 +229,7 @@ def run_printed(vila, out):
     return texts
 
 
-def pictures_in(folder):
+def images_in(folder):
     folder.mkdir(parents=True)
     for number in range(4):
         Image.new("RGB", (64, 48), ("red", "blue")[number % 2]).save(folder / f"{number} a.png")
@@ -240,7 +240,7 @@ def pictures_in(folder):
 
 def test_what_from_csv_prints_runs_as_it_is_printed(vila, tmp_path, monkeypatch, model):
     monkeypatch.chdir(tmp_path)
-    table = pictures_in(tmp_path / "my data" / "pictures")
+    table = images_in(tmp_path / "my data" / "pictures")
     (tmp_path / "runs" / "starter").mkdir(parents=True)
     (tmp_path / "runs" / "starter" / "model").symlink_to(model)
     code, out, err = vila(
@@ -253,7 +253,7 @@ def test_what_from_csv_prints_runs_as_it_is_printed(vila, tmp_path, monkeypatch,
 
 
 def test_from_csv_links_images_that_are_not_below_its_output(vila, tmp_path):
-    table = pictures_in(tmp_path / "photos" / "all")
+    table = images_in(tmp_path / "photos" / "all")
     out = tmp_path / "elsewhere" / "mine.jsonl"
     for _ in range(2):
         code, text, err = vila("data", "from-csv", table, "--image-root", tmp_path / "photos" / "all", "--output", out)
@@ -265,7 +265,7 @@ def test_from_csv_links_images_that_are_not_below_its_output(vila, tmp_path):
     assert (code, "4 samples, no errors, 4 distinct images" in text) == (0, True)
 
 
-def test_without_the_starter_its_making_is_one_of_the_next_commands(vila, tmp_path, monkeypatch, picture):
+def test_without_the_starter_its_making_is_one_of_the_next_commands(vila, tmp_path, monkeypatch, image):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.csv").write_text("file,caption\np.png,a dot\n")
     _, out, _ = vila("data", "from-csv", "t.csv", "--image-root", ".", "--output", "t.jsonl")
@@ -299,7 +299,7 @@ def test_check_saves_images_as_the_tower_sees_them(vila, tmp_path, model):
     from vila.core.vision_spec import VisionSpec
     from vila.media.transform import square_bytes
 
-    table = pictures_in(tmp_path / "in")
+    table = images_in(tmp_path / "in")
     vila("data", "from-csv", table, "--image-root", tmp_path / "in", "--output", tmp_path / "mine.jsonl")
     views = tmp_path / "views"
     code, out, err = vila("data", "check", tmp_path / "mine.jsonl", "--model", model, "--save-images", views)

@@ -1,4 +1,4 @@
-"""`vila data inspect`: pictures apart, characters whole, and a page with every picture."""
+"""`vila data inspect`: images apart, characters whole, and a page with every image."""
 
 import json
 
@@ -16,9 +16,9 @@ def tokenised(sample):
     return tokenize_sample(sample, find_template("starter_qa"), tokenizer, lambda media: 4)
 
 
-def test_neighbouring_pictures_are_a_run_each_and_all_on_the_card():
-    pictures = [tiny.picture(number) for number in range(3)]
-    sample = Sample("s", (Message.of("user", *pictures, "which?"), Message.of("assistant", "this")))
+def test_neighbouring_images_are_a_run_each_and_all_on_the_card():
+    images = [tiny.image(number) for number in range(3)]
+    sample = Sample("s", (Message.of("user", *images, "which?"), Message.of("assistant", "this")))
     tokens = tokenised(sample)
     runs = token_runs(tokens, tiny.tokenizer(), 4)
     assert [run.text for run in runs if run.kind == "image"] == ["<image x 4>"] * 3
@@ -29,7 +29,7 @@ def test_neighbouring_pictures_are_a_run_each_and_all_on_the_card():
 
 def test_a_character_that_branches_divide_is_whole_in_each():
     # U+00E9 and U+00E8 share their first byte, so the prefix that both branches share ends inside the character.
-    head = (Message.of("user", tiny.picture(1)),)
+    head = (Message.of("user", tiny.image(1)),)
     branches = tuple((Message.of("user", f"le {word}?"), Message.of("assistant", "\u00e9")) for word in "\u00e9\u00e8")
     runs = token_runs(tokenised(Sample("s", head, branches)), tiny.tokenizer(), 4)
     text = as_terminal_text(runs).plain
@@ -48,9 +48,9 @@ def test_a_character_cut_where_learning_begins_goes_to_the_next_run_and_a_broken
     assert [(run.kind, run.text) for run in runs] == [("context", "a"), ("supervised", "\u00e9b\ufffd")]
 
 
-def test_inspect_writes_all_pictures_to_the_page(vila, model, tmp_path):
+def test_inspect_writes_all_images_to_the_page(vila, model, tmp_path):
     for number in range(3):
-        (tmp_path / f"{number}.png").write_bytes(tiny.picture(number).source)
+        (tmp_path / f"{number}.png").write_bytes(tiny.image(number).source)
     parts = [{"type": "image", "path": f"{number}.png"} for number in range(3)]
     row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]}
     (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")

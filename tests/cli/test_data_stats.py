@@ -10,10 +10,10 @@ from vila.config.load import save_recipe
 from vila.prepare.licences import KNOWN, data_licences, licences_of
 
 
-def write_rows(path: Path, pictures: list[int]) -> Path:
+def write_rows(path: Path, images: list[int]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = []
-    for count in pictures:
+    for count in images:
         parts = [{"type": "image", "path": f"{number}.png"} for number in range(count)]
         user = {"role": "user", "content": [*parts, {"type": "text", "text": "why?"}]}
         rows.append({"messages": [user, {"role": "assistant", "content": "so"}]})
@@ -21,7 +21,7 @@ def write_rows(path: Path, pictures: list[int]) -> Path:
     return path
 
 
-def test_without_a_model_pictures_are_counted_and_tokens_are_not(vila, tmp_path):
+def test_without_a_model_images_are_counted_and_tokens_are_not(vila, tmp_path):
     file = write_rows(tmp_path / "d.jsonl", [0, 1, 2, 4])
     code, out, err = vila("data", "stats", file)
     assert code == 0, err

@@ -18,9 +18,9 @@ QUESTIONS = [
 def easy(tmp_path):
     for number, split in enumerate(("test", "train")):
         (tmp_path / "easy" / split / "images").mkdir(parents=True)
-        for image in range(2):
-            picture = tiny.picture(10 * number + image)
-            (tmp_path / "easy" / split / "images" / f"{image}.png").write_bytes(picture.source)
+        for index in range(2):
+            image = tiny.image(10 * number + index)
+            (tmp_path / "easy" / split / "images" / f"{index}.png").write_bytes(image.source)
         (tmp_path / "easy" / split / "questions.json").write_text(json.dumps(QUESTIONS))
     return tmp_path / "easy"
 

@@ -22,7 +22,7 @@ def easy(tmp_path):
     for split in ("test", "train"):
         (tmp_path / "easy" / split / "images").mkdir(parents=True)
         for number in range(2):
-            (tmp_path / "easy" / split / "images" / f"{number}.png").write_bytes(tiny.picture(number).source)
+            (tmp_path / "easy" / split / "images" / f"{number}.png").write_bytes(tiny.image(number).source)
         (tmp_path / "easy" / split / "questions.json").write_text(json.dumps(QUESTIONS))
     return tmp_path / "easy"
 

@@ -37,7 +37,7 @@ def text(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["rtn", "awq", "best"])
-def test_the_model_is_written_and_answers(vila, loud_model, text, picture, tmp_path, method):
+def test_the_model_is_written_and_answers(vila, loud_model, text, image, tmp_path, method):
     out = tmp_path / "out"
     code, shown, err = vila("quantize", loud_model, "--output", out, "--calib-data", text, "--method", method, *FLAGS)
     assert code == 0, err
@@ -49,7 +49,7 @@ def test_the_model_is_written_and_answers(vila, loud_model, text, picture, tmp_p
     assert (out / "search.safetensors").is_file() == (method != "rtn")
     assert "vila run ." in (out / "README.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt", "p.png"}
-    code, _, err = vila("run", out, "--image", picture, "--prompt", "what?", "--max-new-tokens", 2)
+    code, _, err = vila("run", out, "--image", image, "--prompt", "what?", "--max-new-tokens", 2)
     assert code == 0, err
 
 
@@ -85,7 +85,7 @@ def test_the_search_is_dumped_as_the_original_does_and_used_again(vila, vila_err
     assert not (tmp_path / "other").exists()
 
 
-def test_a_recipe_calibrates_with_pictures(vila, loud_model, text, picture, tmp_path):
+def test_a_recipe_calibrates_with_images(vila, loud_model, text, image, tmp_path):
     rows = [
         {"id": str(n), "image": "p.png", "conversations": [
             {"from": "human", "value": f"<image>\nwhat is number {n}?"}, {"from": "gpt", "value": "a shape"}]}

@@ -29,12 +29,12 @@ def direct(model, messages, **options):
     return Engine.load(model, dtype="float32").complete([messages], **options)[0]
 
 
-def test_run_streams_the_text_that_json_holds(vila, model, picture):
-    arguments = ("run", model, "-i", picture, "-p", "what?", "--max-new-tokens", 8, "--dtype", "float32")
+def test_run_streams_the_text_that_json_holds(vila, model, image):
+    arguments = ("run", model, "-i", image, "-p", "what?", "--max-new-tokens", 8, "--dtype", "float32")
     code, streamed, err = vila(*arguments)
     assert (code, err) == (0, "")
     facts = json.loads(vila(*arguments, "--json")[1])
-    expected = direct(model, [Message.of("user", Image(picture), "what?")], max_new_tokens=8)
+    expected = direct(model, [Message.of("user", Image(image), "what?")], max_new_tokens=8)
     assert streamed == facts["text"] + "\n"
     assert facts == {
         "text": expected.text,
@@ -57,19 +57,19 @@ def test_images_are_turned_upright_unless_the_model_was_trained_without(vila, mo
     assert texts[0] != texts[1]
 
 
-def test_a_picture_is_followed_by_the_gap_of_the_template(vila, tmp_path, picture):
+def test_an_image_is_followed_by_the_gap_of_the_template(vila, tmp_path, image):
     folder = tmp_path / "chatml"
     save_model(*tiny.vila(template="chatml"), folder)
-    got = asked(vila, folder, "-i", picture, "-p", "what?", "--max-new-tokens", 4)
-    expected = direct(folder, [Message.of("user", Image(picture), "\nwhat?")], max_new_tokens=4)
+    got = asked(vila, folder, "-i", image, "-p", "what?", "--max-new-tokens", 4)
+    expected = direct(folder, [Message.of("user", Image(image), "\nwhat?")], max_new_tokens=4)
     assert (got["text"], got["prompt_tokens"]) == (expected.text, expected.prompt_tokens)
 
 
-def test_markers_in_the_prompt_say_where_media_go(vila, model, picture, tmp_path):
+def test_markers_in_the_prompt_say_where_media_go(vila, model, image, tmp_path):
     other = tmp_path / "q.png"
-    other.write_bytes(tiny.picture(2).source)
-    got = asked(vila, model, "-i", picture, "-i", other, "-p", "a <image> b <image> c", "--max-new-tokens", 6)
-    parts = ("a ", Image(picture), " b ", Image(other), " c")
+    other.write_bytes(tiny.image(2).source)
+    got = asked(vila, model, "-i", image, "-i", other, "-p", "a <image> b <image> c", "--max-new-tokens", 6)
+    parts = ("a ", Image(image), " b ", Image(other), " c")
     assert got["text"] == direct(model, [Message.of("user", *parts)], max_new_tokens=6).text
 
 
@@ -97,8 +97,8 @@ def test_text_that_spells_a_marker_can_be_asked_as_a_message(vila, model, tmp_pa
 @pytest.mark.parametrize("frames", [(), ("--num-video-frames", 3)])
 def test_a_clip_becomes_its_frames(vila, model, tmp_path, frames):
     clip = tmp_path / "c.gif"
-    pictures = [PilImage.new("RGB", (28, 28), (20 * n, 0, 0)) for n in range(12)]
-    pictures[0].save(clip, save_all=True, append_images=pictures[1:])
+    images = [PilImage.new("RGB", (28, 28), (20 * n, 0, 0)) for n in range(12)]
+    images[0].save(clip, save_all=True, append_images=images[1:])
     turn = {"role": "user", "content": [{"type": "video", "path": "c.gif"}, {"type": "text", "text": "what?"}]}
     (tmp_path / "turn.json").write_text(json.dumps([turn]))
     for question in (("--video", clip, "-p", "<video>what?"), ("--messages", tmp_path / "turn.json")):
@@ -120,8 +120,8 @@ def test_a_pipe_that_is_not_utf8_names_the_byte(vila, model):
 
 @pytest.mark.parametrize("arguments", [(), ("-p", "-")])
 @pytest.mark.parametrize("stdin", [b"", b" \n"])
-def test_an_empty_standard_input_is_no_question(vila_error, model, picture, monkeypatch, arguments, stdin):
-    for media in ((), ("-i", picture)):
+def test_an_empty_standard_input_is_no_question(vila_error, model, image, monkeypatch, arguments, stdin):
+    for media in ((), ("-i", image)):
         error = vila_error("run", model, *media, *arguments, stdin=stdin)
         assert (type(error), error.field) == (ConfigError, "standard input")
 
@@ -131,23 +131,23 @@ def test_an_empty_question_without_media_is_refused(vila_error, model, flag):
     assert vila_error("run", model, flag, " ").field == flag
 
 
-def test_an_empty_prompt_asks_about_the_image_alone(vila, model, picture):
-    got = asked(vila, model, "-i", picture, "-p", "", "--max-new-tokens", 1)
+def test_an_empty_prompt_asks_about_the_image_alone(vila, model, image):
+    got = asked(vila, model, "-i", image, "-p", "", "--max-new-tokens", 1)
     assert got["prompt_tokens"] == 4
 
 
-def test_a_closed_standard_input_is_an_empty_one(vila, model, picture):
-    code, out, err = vila("run", model, "-i", picture, stdin=None)
+def test_a_closed_standard_input_is_an_empty_one(vila, model, image):
+    code, out, err = vila("run", model, "-i", image, stdin=None)
     assert (code, out) == (2, "")
     assert "standard input" in err
 
 
-def test_a_terminal_is_not_read_for_a_question(vila_error, model, picture):
+def test_a_terminal_is_not_read_for_a_question(vila_error, model, image):
     class Terminal(io.BytesIO):
         def isatty(self):
             return True
 
-    assert vila_error("run", model, "-i", picture, stdin=Terminal(b"x")).field == "--prompt"
+    assert vila_error("run", model, "-i", image, stdin=Terminal(b"x")).field == "--prompt"
 
 
 def test_a_directory_in_place_of_standard_input_is_named(vila_error, model):
@@ -161,7 +161,7 @@ def test_a_directory_in_place_of_standard_input_is_named(vila_error, model):
     assert vila_error("run", model, stdin=Folder()).file == "standard input"
 
 
-def test_messages_of_a_file_start_their_paths_at_its_folder(vila, model, picture, tmp_path, monkeypatch):
+def test_messages_of_a_file_start_their_paths_at_its_folder(vila, model, image, tmp_path, monkeypatch):
     turns = [
         {"role": "user", "content": [{"type": "image", "path": "p.png"}, {"type": "text", "text": "one?"}]},
         {"role": "assistant", "content": "1"},
@@ -172,9 +172,9 @@ def test_messages_of_a_file_start_their_paths_at_its_folder(vila, model, picture
     monkeypatch.chdir("/")
     expected = [
         Message.of("system", "be kind"),
-        Message.of("user", Image(picture), "one?"),
+        Message.of("user", Image(image), "one?"),
         Message.of("assistant", "1"),
-        Message.of("user", "two?", Image(picture)),
+        Message.of("user", "two?", Image(image)),
     ]
     wanted = direct(model, expected, max_new_tokens=5)
     for name in ("plain.json", "object.json"):
@@ -276,7 +276,7 @@ FILES = {
     ],
 )
 def test_bad_input_is_an_error_before_any_weight_is_read(
-    vila_error, model, picture, tmp_path, monkeypatch, arguments, code, where
+    vila_error, model, image, tmp_path, monkeypatch, arguments, code, where
 ):
     for name, content in FILES.items():
         (tmp_path / name).write_bytes(content)
@@ -300,7 +300,7 @@ def test_bad_input_is_an_error_before_any_weight_is_read(
     ],
 )
 def test_prompt_errors_are_raised_before_a_model_is_opened(
-    vila_error, model, picture, tmp_path, monkeypatch, arguments, where
+    vila_error, model, image, tmp_path, monkeypatch, arguments, where
 ):
     turn = {"role": "user", "content": [{"type": "video", "path": "none.mp4"}]}
     (tmp_path / "turns.json").write_text(json.dumps([turn]))

@@ -74,7 +74,7 @@ def test_shots_become_turns_before_the_question():
     )
 
 
-def test_a_shot_that_repeats_the_prompt_puts_its_picture_at_the_prompts_marker():
+def test_a_shot_that_repeats_the_prompt_puts_its_image_at_the_prompts_marker():
     question = Question("look: <image> what?", [B])
     first, _, _ = build_conversation(question, "\n", shots=[Shot("1", A)])
     assert first == Message.of("user", "look: ", A, " what?")
@@ -83,19 +83,19 @@ def test_a_shot_that_repeats_the_prompt_puts_its_picture_at_the_prompts_marker()
     assert caught.value.field == "--shot 1"
 
 
-def test_the_command_shows_the_model_its_shots(vila, model, picture, tmp_path):
+def test_the_command_shows_the_model_its_shots(vila, model, image, tmp_path):
     other = tmp_path / "q.png"
-    other.write_bytes(tiny.picture(2).source)
-    shots = ("--shot", f"image={other}", "text=a circle", "--shot", f"image={picture} question=one? text=1")
-    arguments = ("-i", picture, "-p", "what?", "--json", "--max-new-tokens", 6, "--dtype", "float32")
+    other.write_bytes(tiny.image(2).source)
+    shots = ("--shot", f"image={other}", "text=a circle", "--shot", f"image={image} question=one? text=1")
+    arguments = ("-i", image, "-p", "what?", "--json", "--max-new-tokens", 6, "--dtype", "float32")
     code, out, err = vila("run", *shots, model, *arguments)
     assert code == 0, err
     turns = [
         Message.of("user", Image(other), "what?"),
         Message.of("assistant", "a circle"),
-        Message.of("user", Image(picture), "one?"),
+        Message.of("user", Image(image), "one?"),
         Message.of("assistant", "1"),
-        Message.of("user", Image(picture), "what?"),
+        Message.of("user", Image(image), "what?"),
     ]
     expected = Engine.load(model, dtype="float32").complete([turns], max_new_tokens=6)[0]
     facts = json.loads(out)

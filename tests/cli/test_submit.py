@@ -35,7 +35,7 @@ def test_a_run_that_was_cut_short_is_told_from_one_that_never_began(vila, run, t
 def test_lines_that_cannot_be_read_are_told_or_refused_as_by_the_originals_converters(vila, run, tmp_path):
     for name in ("vqav2", "mmbench"):
         path = run / name / "predictions.jsonl"
-        path.write_text(path.read_text() + '{"id": "x", "error": "MediaError: no picture"}\n{"question_id": 1, "te')
+        path.write_text(path.read_text() + '{"id": "x", "error": "MediaError: no image"}\n{"question_id": 1, "te')
     code, text, _ = vila("submit", run, "--output", tmp_path / "up")
     assert code == 0
     assert "1 unreadable lines" in text and "1 questions failed: x" in text

@@ -32,7 +32,7 @@ def training_files(tmp_path_factory):
     images.mkdir(parents=True)
     questions = []
     for number in range(3):
-        (images / f"{number}.png").write_bytes(tiny.picture(number).source)
+        (images / f"{number}.png").write_bytes(tiny.image(number).source)
         questions += [["what color is the shape?", "teal", number], ["is there a circle?", "yes", number]]
     (images.parent / "questions.json").write_text(json.dumps(questions))
     return folder

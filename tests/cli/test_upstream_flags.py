@@ -49,7 +49,7 @@ def test_the_answer_is_the_one_that_the_original_computed(vila, layout, name):
         ("A <image-placeholder> or a <image>?", ["p.png", "p.png"], "A <image> or a <image>?"),
     ],
 )
-def test_a_query_gives_the_ids_of_the_rendered_vicuna_prompt(vila, tmp_path, picture, monkeypatch, query, files, turn):
+def test_a_query_gives_the_ids_of_the_rendered_vicuna_prompt(vila, tmp_path, image, monkeypatch, query, files, turn):
     folder = FIXTURES["v1-mlp2x"](tmp_path / "model").folder
     prompts = []
 
@@ -63,11 +63,11 @@ def test_a_query_gives_the_ids_of_the_rendered_vicuna_prompt(vila, tmp_path, pic
     assert vila("run", *flags, "--query", query)[0] == 130
     processor = open_checkpoint(folder).processor
     rendered = f"{VICUNA} USER: {turn} ASSISTANT:"
-    expected = processor(text=rendered, images=[picture] * len(files), return_tensors=None)["input_ids"][0]
+    expected = processor(text=rendered, images=[image] * len(files), return_tensors=None)["input_ids"][0]
     assert prompts == [expected]
 
 
-def test_the_command_of_the_readme_runs_unchanged(tmp_path, picture):
+def test_the_command_of_the_readme_runs_unchanged(tmp_path, image):
     folder = FIXTURES["v1-mlp2x"](tmp_path / "model").folder
     result = subprocess.run(
         [
@@ -85,7 +85,7 @@ def test_the_command_of_the_readme_runs_unchanged(tmp_path, picture):
     assert result.stdout.endswith("\n")
 
 
-def test_model_base_names_the_llm_of_a_lora(vila, tmp_path, picture):
+def test_model_base_names_the_llm_of_a_lora(vila, tmp_path, image):
     written = FIXTURES["v1-lora"](tmp_path / "model")
     arguments = ("run", written.folder, "--template", "vicuna_v1", "-p", "x", "--max-new-tokens", 2)
     assert vila(*arguments, "--model-base", written.base)[0] == 0
@@ -110,13 +110,13 @@ def test_unsupported_and_contradictory_flags_are_refused(vila_error, arguments, 
     assert (type(error), error.field, error.value) == (ConfigError, field, value)
 
 
-def test_the_line_break_after_a_picture_does_not_depend_on_the_template(vila, model, picture):
-    code, out, _ = vila("run", model, "--query", "what?", "--image-file", picture, "--max_new_tokens", 1, "--json")
+def test_the_line_break_after_an_image_does_not_depend_on_the_template(vila, model, image):
+    code, out, _ = vila("run", model, "--query", "what?", "--image-file", image, "--max_new_tokens", 1, "--json")
     assert code == 0
     assert json.loads(out)["prompt_tokens"] == 4 + len("\nwhat?")
 
 
-def test_a_marker_without_a_picture_is_refused(vila, model):
+def test_a_marker_without_an_image_is_refused(vila, model):
     code, _, err = vila("run", model, "--query", "<image> x")
     assert code == 1
     assert "--query: 1 <image> marker but 0 images given" in err

@@ -26,7 +26,7 @@ SHORT = ("--output-len", "2", "--num-iters", "1", "--check-tokens", "0")
 # Arguments of every command, and what becomes of it: it runs, an extra is named, or input that is not there is refused.
 COMMANDS = {
     "run": [
-        (("{model}", "-i", "{picture}", "-p", "what?", "--max-new-tokens", "1"), RUNS),
+        (("{model}", "-i", "{image}", "-p", "what?", "--max-new-tokens", "1"), RUNS),
         (("{model}", "-p", "what?", "--backend", "onnx"), "onnx"),
     ],
     "chat": [(("{model}", "--max-new-tokens", "1"), RUNS), (("{model}", "--backend", "onnx"), "onnx")],
@@ -117,7 +117,7 @@ def places(tmp_path_factory):
     mini_run(mini, tmp / "mine", ("vqav2", "mmbench"))
     written(tmp / "a", range(20)), written(tmp / "b", range(30))
     write_model(tmp / "clip")
-    return {"tmp": tmp, "clip": tmp / "clip", "model": tmp / "base", "loud": tmp / "loud", "picture": tmp / "0.png"}
+    return {"tmp": tmp, "clip": tmp / "clip", "model": tmp / "base", "loud": tmp / "loud", "image": tmp / "0.png"}
 
 
 def test_the_list_has_every_command():

@@ -31,7 +31,7 @@ def write_parts(folder: Path) -> Path:
 
 def write_data(folder: Path) -> dict[str, Path]:
     """Write RECORDS records in each format, with an image and a video; return format -> file."""
-    image = tiny.picture(0).source
+    image = tiny.image(0).source
     (folder / "p.png").write_bytes(image)
     write_video(folder / "v.mp4")
     numbers = [str(number) for number in range(RECORDS)]

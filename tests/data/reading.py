@@ -19,7 +19,7 @@ def write_records(folder: Path, records: int = 24) -> Path:
         answer = {"role": "assistant", "content": "ab" * (number % 5 + 1)}
         content = [{"type": "text", "text": f"q{number}?"}]
         if number % 3 != 2:
-            (folder / f"{number}.png").write_bytes(tiny.picture(number, (40, 20)).source)
+            (folder / f"{number}.png").write_bytes(tiny.image(number, (40, 20)).source)
             content.insert(0, {"type": "image", "path": f"{number}.png"})
         rows.append({"id": f"r{number}", "messages": [{"role": "user", "content": content}, answer]})
     path = folder / "data.jsonl"

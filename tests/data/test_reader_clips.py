@@ -25,7 +25,7 @@ from vila.model.processor import VilaProcessor
 FILM = {"type": "video", "path": "film.mp4"}
 KNOWN = {"{bos}", "{eos}"} | set(tiny.tokenizer().get_added_vocab())
 SHORT = {"type": "video", "path": "short.gif", "num_frames": 3}
-PICTURE = {"type": "image", "path": "p.png"}
+IMAGE = {"type": "image", "path": "p.png"}
 YES = {"role": "assistant", "content": "yes"}
 
 
@@ -37,7 +37,7 @@ CONVERSATIONS = {
     "video and question": [asked(FILM, "What?"), YES],
     "newline after the video": [asked(FILM, "\nWhat?"), YES],
     "text before the video": [asked("Look: ", FILM, "What?"), YES],
-    "images and videos mixed": [asked(PICTURE, SHORT, FILM, "What?", PICTURE), YES],
+    "images and videos mixed": [asked(IMAGE, SHORT, FILM, "What?", IMAGE), YES],
     "video in the second turn": [asked("Hi"), YES, asked(SHORT, "\nand?"), YES],
     "same video twice": [asked(SHORT, SHORT), YES, asked(SHORT), YES],
     "video at the end of the turn": [asked("What is in", FILM), YES],
@@ -55,7 +55,7 @@ def short_gif():
 def folder(tmp_path):
     (tmp_path / "film.mp4").write_bytes(video_bytes("mp4", "mpeg4", 20))
     (tmp_path / "short.gif").write_bytes(short_gif())
-    (tmp_path / "p.png").write_bytes(tiny.picture(1, (40, 20)).source)
+    (tmp_path / "p.png").write_bytes(tiny.image(1, (40, 20)).source)
     return tmp_path
 
 
@@ -148,7 +148,7 @@ def test_videos_of_every_format_are_tokenized_and_decoded(form, folder):
 
 
 def test_a_video_is_not_opened_before_its_pixels_are_read(folder):
-    reader = records(folder, {"messages": [asked(PICTURE, FILM), YES]})
+    reader = records(folder, {"messages": [asked(IMAGE, FILM), YES]})
     (folder / "film.mp4").unlink()
     sample = reader(0)
     assert len(sample.media) == 1 + 8

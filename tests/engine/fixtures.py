@@ -37,7 +37,7 @@ def endless(name: str = "llama", **changes: Any) -> Engine:
 
 def ask(text: str, *pictures: int) -> list[Message]:
     """A question about pictures."""
-    return [Message.of("user", *(tiny.picture(n) for n in pictures), text)]
+    return [Message.of("user", *(tiny.image(n) for n in pictures), text)]
 
 
 QUESTIONS = [
@@ -49,8 +49,8 @@ QUESTIONS = [
     ask("two pictures, exchanged", 2, 1),
     ask("twice the same picture", 3, 3),
     ask("x"),
-    [Message.of("user", "the first ", tiny.picture(3), "?")],
-    [Message.of("user", "the other ", tiny.picture(3), "?")],
+    [Message.of("user", "the first ", tiny.image(3), "?")],
+    [Message.of("user", "the other ", tiny.image(3), "?")],
 ]
 """Different lengths, different numbers of pictures, shared prefixes, a picture twice, text before a picture."""
 

@@ -235,10 +235,10 @@ def test_memory_is_what_was_asked_for(engine):
 
 
 def test_a_picture_may_be_any_form_of_the_same_content(engine, tmp_path):
-    (tmp_path / "a.png").write_bytes(tiny.picture(1).source)
+    (tmp_path / "a.png").write_bytes(tiny.image(1).source)
     with Batcher(engine) as batcher:
         texts = []
-        for image in (tiny.picture(1), Image(tmp_path / "a.png")):
+        for image in (tiny.image(1), Image(tmp_path / "a.png")):
             messages = [{"role": "user", "content": [{"type": "image", "image": image.source}]}]
             texts.append(batcher.submit(messages, NEW).generation(30).text)
     assert texts[0] == texts[1]

@@ -126,7 +126,7 @@ def test_a_request_cancelled_while_its_prompt_is_read_leaves_only_what_was_compu
 
 
 def test_a_request_cancelled_in_the_middle_of_a_picture_is_gone_on_from_there(engine):
-    messages = [Message.of("user", "what do you see here", tiny.picture(5), "?")]
+    messages = [Message.of("user", "what do you see here", tiny.image(5), "?")]
     batcher = Batcher(engine, max_num_seqs=2, prefill_chunk=22)
     ticket = batcher.submit(messages, NEW)
     by_hand(batcher)
@@ -259,7 +259,7 @@ def test_an_image_that_the_tower_fails_on_ends_its_own_request_alone(monkeypatch
     engine = endless()
     with Batcher(engine, max_num_seqs=4) as batcher:
         encode = batcher._run.encode
-        bad = tiny.picture(9).key()
+        bad = tiny.image(9).key()
 
         def broken(pictures, pixels):
             if bad in {picture.key for picture in pictures}:
@@ -275,7 +275,7 @@ def test_an_image_tensor_of_a_wrong_shape_ends_its_own_request_alone(monkeypatch
     engine = endless()
     with Batcher(engine, max_num_seqs=4) as batcher:
         proper = batcher._scheduler._pixels
-        bad = tiny.picture(9).key()
+        bad = tiny.image(9).key()
         monkeypatch.setattr(
             batcher._scheduler, "_pixels", lambda picture, r: pixels if picture.key == bad else proper(picture, r)
         )
@@ -285,7 +285,7 @@ def test_an_image_tensor_of_a_wrong_shape_ends_its_own_request_alone(monkeypatch
 def test_an_image_that_was_forgotten_and_cannot_be_read_again_ends_its_own_request_alone(monkeypatch):
     engine = endless()
     with Batcher(engine, max_num_seqs=4) as batcher:
-        bad = tiny.picture(9).key()
+        bad = tiny.image(9).key()
         proper = batcher._scheduler._pixels
 
         def gone(picture, request):

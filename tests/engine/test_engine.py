@@ -33,7 +33,7 @@ def test_nothing_asked_is_nothing_answered(engine):
 
 
 def test_messages_of_the_hugging_face_form_are_the_same_conversation(engine):
-    parts = [{"type": "image", "image": tiny.picture(1).source}, {"type": "text", "text": "one?"}]
+    parts = [{"type": "image", "image": tiny.image(1).source}, {"type": "text", "text": "one?"}]
     assert engine.generate([{"role": "user", "content": parts}], NEW) == engine.generate(ask("one?", 1), NEW)
 
 
@@ -98,7 +98,7 @@ def test_the_tower_sees_each_distinct_picture_once(seen):
 
 def test_a_picture_is_known_by_its_content_not_by_where_it_comes_from(seen, tmp_path):
     engine, counted = seen
-    source = tiny.picture(1).source
+    source = tiny.image(1).source
     (tmp_path / "a.png").write_bytes(source)
     pil = PilImage.open(io.BytesIO(source))
     texts = [

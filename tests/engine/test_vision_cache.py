@@ -9,7 +9,7 @@ from vila.engine.vision_cache import HashedImage, VisionCache, build_prompt
 
 
 def shown(*numbers):
-    return [HashedImage(str(number), tiny.picture(number)) for number in numbers]
+    return [HashedImage(str(number), tiny.image(number)) for number in numbers]
 
 
 def counting(kept=256):
@@ -59,7 +59,7 @@ def test_many_pictures_go_through_the_tower_in_batches(monkeypatch):
 
 
 def test_a_prompt_knows_its_pictures_by_content():
-    one, other = tiny.picture(1), tiny.picture(2)
+    one, other = tiny.image(1), tiny.image(2)
     tokens = Tokens(ids=[1, 9, 9, 2], labels=[], media=[one, other, one], runs=[(1, 1), (2, 1)])
     prompt = build_prompt(tokens)
     assert prompt.images[0] == prompt.images[2] != prompt.images[1]

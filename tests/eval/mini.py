@@ -39,7 +39,7 @@ class Answers(FakeModel):
         found = [self._texts[tuple(messages)] for messages in conversations]
         for _, name in found:
             if name in self._fails:
-                raise MediaError(f"{name}: not a picture")
+                raise MediaError(f"{name}: not an image")
         return [text for text, _ in found]
 
 

@@ -29,8 +29,8 @@ SHORT = SamplingParams(max_new_tokens=6)
 
 
 def wide(seed=1):
-    """A image of which a centre crop leaves a third."""
-    return tiny.picture(seed, (84, 28))
+    """An image of which a centre crop leaves a third."""
+    return tiny.image(seed, (84, 28))
 
 
 def item(number, image, mode=None, **facts):

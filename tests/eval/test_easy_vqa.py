@@ -27,7 +27,7 @@ QUESTIONS = [
 def folder(tmp_path):
     (tmp_path / "test" / "images").mkdir(parents=True)
     for number in range(3):
-        (tmp_path / "test" / "images" / f"{number}.png").write_bytes(tiny.picture(number).source)
+        (tmp_path / "test" / "images" / f"{number}.png").write_bytes(tiny.image(number).source)
     (tmp_path / "test" / "questions.json").write_text(json.dumps(QUESTIONS))
     return tmp_path
 

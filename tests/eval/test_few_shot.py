@@ -44,7 +44,7 @@ def folder(tmp_path):
     for split, rows, first in (("test", TEST, 0), ("train", TRAIN, 100)):
         (tmp_path / split / "images").mkdir(parents=True)
         for number in {row[2] for row in rows}:
-            (tmp_path / split / "images" / f"{number}.png").write_bytes(tiny.picture(first + number).source)
+            (tmp_path / split / "images" / f"{number}.png").write_bytes(tiny.image(first + number).source)
         (tmp_path / split / "questions.json").write_text(json.dumps(rows))
     return tmp_path
 
@@ -69,8 +69,8 @@ def test_examples_come_before_the_question_with_their_true_answers(folder, pool)
         items = few_shot(EasyVqa(folder), shots, pool).items()
         for item, bare in zip(items, plain, strict=True):
             found, last = examples(item)
-            assert len({picture for picture, _, _ in found}) == shots
-            assert all(truths[picture, question] == answer for picture, question, answer in found)
+            assert len({image for image, _, _ in found}) == shots
+            assert all(truths[image, question] == answer for image, question, answer in found)
             assert (last, item.truth, item.id, item.group) == (bare.messages[-1], bare.truth, bare.id, bare.group)
 
 
@@ -94,8 +94,8 @@ def test_shuffled_answers_are_all_wrong_and_nothing_else_changes(folder, pool):
         (right, asked), (wrong, last) = examples(one), examples(other)
         assert [shot[:2] for shot in right] == [shot[:2] for shot in wrong]
         assert asked == last
-        for picture, question, answer in wrong:
-            assert answer != truths[picture, question]
+        for image, question, answer in wrong:
+            assert answer != truths[image, question]
             category = {i.truth for i in pool if i.messages[0].text == question}
             assert answer in category  # another answer to a question of this kind
 
@@ -129,14 +129,14 @@ def test_an_items_own_image_is_never_shown_before(folder):
     (folder / "test" / "questions.json").write_text(json.dumps(rows))
     benchmark = EasyVqa(folder)
     for item in few_shot(benchmark, 1, benchmark.items(), seed=5).items():
-        ((picture, _, _),), last = examples(item)
-        assert picture.read_bytes() != last.parts[0].source.read_bytes()
+        ((image, _, _),), last = examples(item)
+        assert image.read_bytes() != last.parts[0].source.read_bytes()
     with refused("only 1", "'0'", expected="2 examples"):
         few_shot(benchmark, 2, benchmark.items()).items()
 
 
 def test_images_in_memory_and_missing_ones_are_compared_too(tmp_path):
-    same = tiny.picture(1)
+    same = tiny.image(1)
     asked = Item("a", (Message.of("user", same, "q"),), "x", "a")
     pool = [
         Item("b", (Message.of("user", Image(same.source), "q"),), "x", "b"),

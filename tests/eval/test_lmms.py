@@ -38,7 +38,7 @@ class Hook:
 def loaded(folder, **arguments):
     adapter = LmmsAdapter(str(folder), dtype="float32", **arguments)
     adapter.cache_hook = Hook()
-    adapter.task_dict = {"shapes": {"test": [{"image": open_image(tiny.picture(n))} for n in range(5)]}}
+    adapter.task_dict = {"shapes": {"test": [{"image": open_image(tiny.image(n))} for n in range(5)]}}
     return adapter
 
 
@@ -54,7 +54,7 @@ def test_answers_are_the_engines_in_the_order_of_the_requests(folder):
     engine = Engine.load(folder, dtype="float32")
     wanted = [
         engine.generate(
-            [Message.of("user", tiny.picture(number), f"\nwhat? {number}")],
+            [Message.of("user", tiny.image(number), f"\nwhat? {number}")],
             max_new_tokens=each.get("max_new_tokens", 128),
         )
         for number, each in enumerate(settings)
@@ -66,25 +66,25 @@ def test_answers_are_the_engines_in_the_order_of_the_requests(folder):
 
 
 def test_the_image_is_a_line_before_the_text():
-    pictures = [Image("a.png"), Image("b.png")]
-    assert message_parts("q", pictures[:1], "\n") == (pictures[0], Text("\nq"))
-    assert message_parts("q", pictures, "\n") == (pictures[0], Text("\n"), pictures[1], Text("\nq"))
-    assert message_parts("q", pictures[:1], "") == (pictures[0], Text("q"))
+    images = [Image("a.png"), Image("b.png")]
+    assert message_parts("q", images[:1], "\n") == (images[0], Text("\nq"))
+    assert message_parts("q", images, "\n") == (images[0], Text("\n"), images[1], Text("\nq"))
+    assert message_parts("q", images[:1], "") == (images[0], Text("q"))
     assert message_parts("q", [], "\n") == (Text("q"),)
     assert message_parts("q", [Video("a.mp4")], "\n") == (Video("a.mp4"), Text("q"))
 
 
 def test_markers_in_the_text_place_the_images():
-    pictures = [Image("a.png"), Image("b.png")]
-    assert message_parts("1: <image> 2: <image>?", pictures, "\n") == (
+    images = [Image("a.png"), Image("b.png")]
+    assert message_parts("1: <image> 2: <image>?", images, "\n") == (
         Text("1: "),
-        pictures[0],
+        images[0],
         Text(" 2: "),
-        pictures[1],
+        images[1],
         Text("?"),
     )
-    assert message_parts("<image>\nq", pictures[:1], "\n") == (pictures[0], Text("\nq"))
-    assert message_parts("<image>", pictures, "\n")[-1] == Text("\n<image>")  # too few markers: text like any other
+    assert message_parts("<image>\nq", images[:1], "\n") == (images[0], Text("\nq"))
+    assert message_parts("<image>", images, "\n")[-1] == Text("\n<image>")  # too few markers: text like any other
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ def test_unsupported_settings_are_refused():
 
 
 def test_media_from_visual():
-    picture = PilImage.new("RGB", (2, 2))
-    assert media_from_visual(picture, "t") == Image(picture)
+    image = PilImage.new("RGB", (2, 2))
+    assert media_from_visual(image, "t") == Image(image)
     assert media_from_visual("a.JPG", "t") == Image("a.JPG")
     assert media_from_visual("a.mp4", "t", 4) == Video("a.mp4", 4)
     with refused("dict", file="mme test 3"):

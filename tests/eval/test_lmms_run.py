@@ -47,9 +47,9 @@ def test_lmms_eval_answers_equal_the_engines(tmp_path):
     engine = Engine.load(tmp_path / "model", dtype="float32")
     rows, wanted = [], []
     for number in range(5):
-        (tmp_path / f"{number}.png").write_bytes(tiny.picture(number).source)
+        (tmp_path / f"{number}.png").write_bytes(tiny.image(number).source)
         asked = f"what is {number}?\nAnswer the question using a single word or phrase."
-        wanted.append(engine.generate([Message.of("user", tiny.picture(number), f"\n{asked}")], max_new_tokens=8))
+        wanted.append(engine.generate([Message.of("user", tiny.image(number), f"\n{asked}")], max_new_tokens=8))
         answer = wanted[-1] if number < 3 else "something else"
         rows.append({"image": str(tmp_path / f"{number}.png"), "question": f"what is {number}?", "answer": answer})
     (tmp_path / "task").mkdir()

@@ -95,7 +95,7 @@ def test_request_body_with_two_images(tmp_path):
 def test_exif_orientation_false_sends_the_stored_pixels():
     content = sideways()
     assert decoded(data_url(Image(content)))[1] == content
-    upright = tiny.picture(1, (40, 20)).source
+    upright = tiny.image(1, (40, 20)).source
     assert decoded(data_url(Image(upright), exif_orientation=False))[1] == upright
     sent = decoded(data_url(Image(content), exif_orientation=False))[1]
     with PilImage.open(io.BytesIO(sent)) as image, PilImage.open(io.BytesIO(upright)) as stored:
@@ -107,21 +107,21 @@ def test_exif_orientation_false_sends_the_stored_pixels():
 def test_other_formats_are_sent_as_png(kind):
     head, content = decoded(data_url(Image(encoded(kind, lossless=True))))
     assert head == "data:image/png;base64"
-    with PilImage.open(io.BytesIO(content)) as picture:
-        assert (picture.format, picture.size) == ("PNG", (8, 6))
+    with PilImage.open(io.BytesIO(content)) as image:
+        assert (image.format, image.size) == ("PNG", (8, 6))
 
 
 def test_image_in_memory_is_sent_as_png():
-    picture = PilImage.new("RGB", (3, 2), (1, 2, 3))
-    head, content = decoded(data_url(Image(picture)))
+    image = PilImage.new("RGB", (3, 2), (1, 2, 3))
+    head, content = decoded(data_url(Image(image)))
     with PilImage.open(io.BytesIO(content)) as sent:
         assert (head, sent.getpixel((0, 0))) == ("data:image/png;base64", (1, 2, 3))
 
 
 def test_video_is_sent_as_frames():
-    pictures = [PilImage.new("RGB", (8, 8), (40 * n, 0, 0)) for n in range(6)]
+    images = [PilImage.new("RGB", (8, 8), (40 * n, 0, 0)) for n in range(6)]
     stream = io.BytesIO()
-    pictures[0].save(stream, "GIF", save_all=True, append_images=pictures[1:])
+    images[0].save(stream, "GIF", save_all=True, append_images=images[1:])
     for video, frames in ((Video(stream.getvalue()), 3), (Video(stream.getvalue(), num_frames=2), 2)):
         (message,) = request_body([Message.of("user", video, "what?")], "m", num_frames=3)["messages"]
         assert [part["type"] for part in message["content"]] == ["image_url"] * frames + ["text"]
@@ -211,9 +211,7 @@ class Shapes(Benchmark):
     max_new_tokens = 4
 
     def load_items(self):
-        return [
-            Item(f"q{n}", (Message.of("user", tiny.picture(n), f"\n{n}?"),), str(n), group=str(n)) for n in range(6)
-        ]
+        return [Item(f"q{n}", (Message.of("user", tiny.image(n), f"\n{n}?"),), str(n), group=str(n)) for n in range(6)]
 
     def score(self, answers, protocol="upstream"):
         truths = {item.id: item.truth for item in self.items()}

@@ -127,9 +127,9 @@ def test_failed_questions_are_counted_with_their_errors(whole):
     _, html, markdown, text = whole
     found = json.loads(text)["benchmarks"]["textvqa"]
     assert found["failed"] == 2
-    assert found["failures"] == [[name, f"MediaError: {name}: not a picture"] for name in FAILS]
+    assert found["failures"] == [[name, f"MediaError: {name}: not an image"] for name in FAILS]
     for page in (html, markdown):
-        assert "2 questions failed" in page and f"MediaError: {FAILS[1]}: not a picture" in page
+        assert "2 questions failed" in page and f"MediaError: {FAILS[1]}: not an image" in page
     assert "2 questions failed" in json.loads(text)["before_comparing"]["TextVQA"]
 
 
@@ -144,8 +144,8 @@ def test_wrong_answers_are_shown_with_image_question_truth_and_rule(whole):
     section = html[html.index('id="sqa-i"') : html.index('id="textvqa"')]
     assert section.count("<img ") == 1 and sample[0]["rule"] in section
     encoded = re.search(r'src="data:image/png;base64,([^"]+)"', section)[1]
-    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
-    assert picture[24, 24].tolist() == [255, 0, 0]
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
+    assert image[24, 24].tolist() == [255, 0, 0]
 
 
 def test_categories_have_means_and_intervals(whole):
@@ -162,7 +162,7 @@ def test_missing_images_are_replaced_by_the_reason(data, tmp_path):
     moved = mini_data(tmp_path / "data")
     mini_run(moved, tmp_path / "run", ("gqa",), answer=lambda n, item: "no idea")
     (moved / "gqa" / "images" / "n000001.jpg").unlink()
-    (moved / "gqa" / "images" / "n000002.jpg").write_bytes(b"no picture")
+    (moved / "gqa" / "images" / "n000002.jpg").write_bytes(b"no image")
     html = write_report(tmp_path / "run")[0].read_text()
     assert html.count("<img ") == 1
     assert "n000001.jpg" in html and "n000002.jpg: not an image" in html
@@ -224,8 +224,8 @@ def test_page_size_does_not_grow_with_the_benchscore_record(tmp_path):
 
 
 def test_photos_are_stored_as_jpeg(tmp_path):
-    picture = mini_data(tmp_path / "data") / "vizwiz" / "test" / "VizWiz_test_00000000.jpg"
-    Image.new("RGB", (400, 300), "red").save(picture)
+    image = mini_data(tmp_path / "data") / "vizwiz" / "test" / "VizWiz_test_00000000.jpg"
+    Image.new("RGB", (400, 300), "red").save(image)
     shown = load_samples(
         [QuestionScore("0", 0.0)], tmp_path / "none.jsonl", BENCHMARKS["vizwiz"](tmp_path / "data", 0).items
     )
@@ -368,7 +368,7 @@ def test_answer_format_instructions_are_removed(text, shown):
 
 
 def test_runs_are_compared_by_question(tmp_path):
-    # 20 questions about a image each: four become right, one becomes wrong, so 3 of 20 more are right.
+    # 20 questions about an image each: four become right, one becomes wrong, so 3 of 20 more are right.
     before = [score_record(n, float(n >= 4)) for n in range(20)]
     after = [score_record(n, float(n != 19), answer="b") for n in range(20)]
     first, second = fake_run(tmp_path / "a", before), fake_run(tmp_path / "b", after)

@@ -53,7 +53,7 @@ class Doubler(FakeModel):
         if self.dies_after is not None and len(self.asked) >= self.dies_after:
             raise KeyboardInterrupt
         if bad := self.fails & set(numbers):
-            raise MediaError(f"picture of {sorted(bad)[0]}: not a picture")
+            raise MediaError(f"image of {sorted(bad)[0]}: not an image")
         self.asked += numbers
         return [str(2 * n) for n in numbers]
 
@@ -114,8 +114,8 @@ def test_one_bad_image_costs_one_answer_and_is_asked_again_by_the_next_run(tmp_p
     result = run_benchmark(Doubler(fails=[7]), Numbers(), tmp_path)
     assert result.result is None
     assert "1 answers are missing" in result.problem and "1 questions failed" in result.problem
-    assert result.failed == {"q7": "MediaError: picture of 7: not a picture"}
-    assert rows(tmp_path)[7] == {"id": "q7", "error": "MediaError: picture of 7: not a picture"}
+    assert result.failed == {"q7": "MediaError: image of 7: not an image"}
+    assert rows(tmp_path)[7] == {"id": "q7", "error": "MediaError: image of 7: not an image"}
     with pytest.raises(DataError) as caught:
         _ = result.scores
     assert (caught.value.field, caught.value.problem) == ("numbers", result.problem)

@@ -35,7 +35,7 @@ def llama_tokenizer():
 
 
 def seeing(tower, projector="mlp2x_gelu", select_layer=-2, side=56, seed=0):
-    """A model with a 4-layer, 64-wide tower over 16 patches, whose pictures matter."""
+    """A model with a 4-layer, 64-wide tower over 16 patches, whose images matter."""
     config = tiny.vila(tower=tower)[0].config
     vision = config.vision_config
     vision.hidden_size, vision.intermediate_size, vision.num_attention_heads = 64, 128, 4

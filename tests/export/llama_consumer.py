@@ -1,7 +1,7 @@
 """Runs GGUF files in llama-cpp-python, in an environment of its own: JSON on stdin, JSON on stdout.
 
 model, mmproj: files. texts: strings to cut into tokens. greedy: [ids, count] pairs to continue. forced: rows of ids,
-for each of whose places the likeliest next id is wanted. picture: side and RGB bytes (hex) of a square picture, ids
+for each of whose places the likeliest next id is wanted. image: side and RGB bytes (hex) of a square image, ids
 before and after it, and how many tokens to say.
 """
 
@@ -20,8 +20,8 @@ def answer(asked: dict) -> dict:
     out["greedy"] = [greedy(llm, ids, count) for ids, count in asked.get("greedy", ())]
     out["forced"] = [forced(llm, ids) for ids in asked.get("forced", ())]
     out["template"] = llm.metadata.get("tokenizer.chat_template")
-    if "picture" in asked:
-        out["picture"] = picture(llm, asked["mmproj"], asked["picture"])
+    if "image" in asked:
+        out["image"] = image(llm, asked["mmproj"], asked["image"])
     return out
 
 
@@ -46,7 +46,7 @@ def forced(llm: Llama, ids: list[int]) -> list[int]:
     return [int(row.argmax()) for row in llm.scores[: len(ids)]]
 
 
-def picture(llm: Llama, mmproj: str, asked: dict) -> dict:
+def image(llm: Llama, mmproj: str, asked: dict) -> dict:
     params = mtmd_cpp.mtmd_context_params_default()
     params.use_gpu, params.print_timings, params.n_threads, params.warmup = False, False, 1, False
     seeing = mtmd_cpp.mtmd_init_from_file(mmproj.encode(), llm.model, params)
@@ -83,7 +83,7 @@ def image_chunk(seeing: object, side: int, rgb: bytes) -> tuple[object, list]:
         chunk = mtmd_cpp.mtmd_input_chunks_get(chunks, number)
         if mtmd_cpp.mtmd_input_chunk_get_type(chunk) == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_IMAGE:
             return chunk, [data, bitmap, chunks]
-    raise AssertionError("no picture among the chunks")
+    raise AssertionError("no image among the chunks")
 
 
 if __name__ == "__main__":

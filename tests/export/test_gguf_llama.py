@@ -103,12 +103,12 @@ def test_the_most_likely_tokens_of_the_starter_model_agree(starter, starter_in_t
 
 
 def look(tmp_path, tower, projector="mlp2x_gelu", select_layer=-2):
-    """Our vectors of a random picture and llama.cpp's, and what both say of it."""
+    """Our vectors of a random image and llama.cpp's, and what both say of it."""
     model, processor = seeing(tower, projector, select_layer)
     out = export(tmp_path, model, processor, "gguf")
     rgb = np.random.default_rng(0).integers(0, 256, (56, 56, 3), dtype=np.uint8)
     asked = {"side": 56, "rgb": rgb.tobytes().hex(), "before": [5, 6], "after": [40, 41], "count": 4}
-    seen = ask_llama(model=out / "model-f16.gguf", mmproj=out / "mmproj-f16.gguf", picture=asked)["picture"]
+    seen = ask_llama(model=out / "model-f16.gguf", mmproj=out / "mmproj-f16.gguf", image=asked)["image"]
     pixels = torch.from_numpy((rgb / 255 - np.array(MEAN)) / np.array(STD)).permute(2, 0, 1)[None].float()
     ids = [5, 6, *[model.config.image_token_id] * seen["tokens"], 40, 41]
     with torch.no_grad():

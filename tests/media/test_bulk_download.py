@@ -114,9 +114,9 @@ def test_a_name_is_resolved_once_and_the_checked_address_is_used(server, monkeyp
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
 
     monkeypatch.setattr(socket, "getaddrinfo", one_address)
-    urls = [f"http://pictures.example:{server.server_port}/good/{n}" for n in range(8)]
+    urls = [f"http://images.example:{server.server_port}/good/{n}" for n in range(8)]
     assert [got.content for got in download(*urls)] == [jpeg(n) for n in range(8)]
-    assert asked.count("pictures.example") == 1
+    assert asked.count("images.example") == 1
 
 
 def test_an_untrusted_certificate_is_refused(tmp_path):

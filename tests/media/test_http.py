@@ -255,7 +255,7 @@ def test_the_deadline_holds_for_a_server_that_drips(home, path):
 
 def test_the_deadline_holds_for_a_resolver_that_hangs(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(0.5) or [])
-    assert refused("http://pictures.test/a.png", timeout_s=0.1).kind == "timeout"
+    assert refused("http://images.test/a.png", timeout_s=0.1).kind == "timeout"
 
 
 def test_redirects_are_followed_up_to_their_number(home):
@@ -277,8 +277,8 @@ def test_a_refused_connection_names_the_url_and_the_reason(home):
 
 
 def test_a_redirect_to_a_private_address_is_refused(home, monkeypatch):
-    network = FakeNetwork(monkeypatch, home, {"pictures.example": [["93.184.216.34"]]})
-    error = refused(f"http://pictures.example/to/{home}/ok", allow_private=False)
+    network = FakeNetwork(monkeypatch, home, {"images.example": [["93.184.216.34"]]})
+    error = refused(f"http://images.example/to/{home}/ok", allow_private=False)
     assert (error.file, error.field) == (f"{home}/ok", "host")
     assert network.connected == ["93.184.216.34"]
 

@@ -32,7 +32,7 @@ def sideways(orientation: int = 6) -> bytes:
 
 
 def stored() -> PilImage.Image:
-    return PilImage.open(io.BytesIO(tiny.picture(1, SIZE).source)).convert("RGB")
+    return PilImage.open(io.BytesIO(tiny.image(1, SIZE).source)).convert("RGB")
 
 
 def upright() -> PilImage.Image:

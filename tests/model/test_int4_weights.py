@@ -23,7 +23,7 @@ def quantized(family="llama", **text):
 
 
 def inputs_of(processor):
-    return processor(text="<image>What?", images=[tiny.picture(0)], return_tensors="pt")
+    return processor(text="<image>What?", images=[tiny.image(0)], return_tensors="pt")
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -102,7 +102,7 @@ def test_generate_and_the_engine_answer_as_with_the_rounded_weights():
     inputs = inputs_of(processor)
 
     def answers():
-        asked = [Message.of("user", tiny.picture(0), "What?")]
+        asked = [Message.of("user", tiny.image(0), "What?")]
         return model.generate(**inputs, max_new_tokens=6, do_sample=False).tolist(), Engine(model, processor).generate(
             asked, max_new_tokens=6
         )

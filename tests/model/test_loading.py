@@ -102,7 +102,7 @@ def test_an_unknown_dtype_is_refused(saved):
 def test_a_device_map_spreads_the_model_with_accelerate(saved):
     model, processor = load_model(saved, device_map="auto")
     plain, _ = load_model(saved)
-    inputs = processor(text="<image>What?", images=[tiny.picture(0)], return_tensors="pt")
+    inputs = processor(text="<image>What?", images=[tiny.image(0)], return_tensors="pt")
     assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
 
 
@@ -146,7 +146,7 @@ def test_a_tokenizer_of_another_model_is_refused(copy):
 def test_different_numbers_of_markers_and_images_are_an_error():
     _, processor = tiny.vila()
     with pytest.raises(MediaError) as caught:
-        processor(text="<image> and <image>", images=[tiny.picture(1)])
+        processor(text="<image> and <image>", images=[tiny.image(1)])
     assert (caught.value.field, caught.value.value, caught.value.expected) == ("images", 1, "2")
 
 
@@ -159,7 +159,7 @@ def test_a_model_without_a_template_names_the_option():
 
 def test_features_are_computed_once_and_survive_the_process(tmp_path):
     model, processor = tiny.vila()
-    images = [tiny.picture(n) for n in range(5)]
+    images = [tiny.image(n) for n in range(5)]
     first = FeatureCache(tmp_path, model, processor)(images)
     assert torch.allclose(first, model.vision_features(processor.pixels(images)), atol=1e-5)
     model.vision_features = None  # a second reader must not compute
@@ -170,13 +170,13 @@ def test_features_are_computed_once_and_survive_the_process(tmp_path):
 def test_another_tower_never_reads_the_features_of_this_one(tmp_path):
     one, processor = tiny.vila(seed=0)
     two, _ = tiny.vila(seed=1)
-    image = [tiny.picture(0)]
+    image = [tiny.image(0)]
     assert not torch.equal(FeatureCache(tmp_path, one, processor)(image), FeatureCache(tmp_path, two, processor)(image))
 
 
 def test_a_damaged_cache_file_is_deleted_and_computed_again(tmp_path):
     model, processor = tiny.vila()
-    image = [tiny.picture(0)]
+    image = [tiny.image(0)]
     cache = FeatureCache(tmp_path, model, processor)
     first = cache(image)
     file = next(cache.folder.glob("*.safetensors"))

@@ -62,7 +62,7 @@ def test_a_calibrated_projector_has_the_target_scale():
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_generate_equals_the_greedy_loop_over_full_forwards(family):
     model, processor = tiny.vila(family)
-    inputs = processor(text="<image>what?", images=[tiny.picture(1)])
+    inputs = processor(text="<image>what?", images=[tiny.image(1)])
     made = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
     ids = inputs["input_ids"]
     for _ in range(6):
@@ -73,7 +73,7 @@ def test_generate_equals_the_greedy_loop_over_full_forwards(family):
 
 def test_swapping_two_images_changes_the_logits():
     model, processor = tiny.vila()
-    one, two = tiny.picture(1), tiny.picture(2)
+    one, two = tiny.image(1), tiny.image(2)
     ahead = processor(text="<image><image>?", images=[one, two])
     back = processor(text="<image><image>?", images=[two, one])
     assert (model(**ahead).logits - model(**back).logits).abs().max() > 1e-2
@@ -90,7 +90,7 @@ def test_a_saved_model_loads_through_the_auto_classes_bit_for_bit(family, tmp_pa
     assert type(again) is type(model)
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
-    text, images = "<image>what?", [tiny.picture(3)]
+    text, images = "<image>what?", [tiny.image(3)]
     ours, theirs = processor(text=text, images=images), reader(text=text, images=images)
     assert ours["input_ids"].tolist() == theirs["input_ids"].tolist()
     assert torch.equal(model(**ours).logits, again(**theirs).logits)
@@ -106,7 +106,7 @@ def test_the_processor_keeps_spec_and_template(tmp_path):
     )
     assert again.spec == processor.spec
     assert again.template == "chatml"
-    prompt = (Message.of("user", tiny.picture(0), "hi"),)
+    prompt = (Message.of("user", tiny.image(0), "hi"),)
     assert again.prompt(prompt).ids == processor.prompt(prompt).ids
 
 

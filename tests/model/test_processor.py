@@ -31,7 +31,7 @@ def slots(processor):
 
 def test_markers_become_runs_of_placeholders_in_reading_order(loaded):
     model, processor = loaded
-    inputs = processor(text="a<image>b<image>", images=[tiny.picture(0), tiny.picture(1)], return_tensors="pt")
+    inputs = processor(text="a<image>b<image>", images=[tiny.image(0), tiny.image(1)], return_tensors="pt")
     a, b = (processor.span_tokenizer.encode(letter, False)[0] for letter in "ab")
     assert inputs["input_ids"].tolist() == [[*a, *slots(processor), *b, *slots(processor)]]
     assert inputs["pixel_values"].shape == (2, 3, 28, 28)
@@ -47,7 +47,7 @@ def test_text_alone_gives_no_pixels(loaded):
 
 def test_left_and_right_padding_give_the_same_logits(loaded):
     model, processor = loaded
-    texts, images = ["<image>what?", "a longer text <image><image>"], [tiny.picture(n) for n in range(3)]
+    texts, images = ["<image>what?", "a longer text <image><image>"], [tiny.image(n) for n in range(3)]
     right = processor(text=texts, images=images, return_tensors="pt")
     left = processor(text=texts, images=images, return_tensors="pt", padding_side="left")
     alone = processor(text=texts[0], images=images[:1], return_tensors="pt")
@@ -74,7 +74,7 @@ def test_left_and_right_padding_give_the_same_logits(loaded):
 def test_different_numbers_of_markers_and_media_are_an_error(loaded, text, images, videos, expected):
     _, processor = loaded
     with pytest.raises(MediaError) as caught:
-        processor(text=text, images=[tiny.picture(n) for n in range(images)], videos=[b""] * videos)
+        processor(text=text, images=[tiny.image(n) for n in range(images)], videos=[b""] * videos)
     assert (caught.value.field, caught.value.value, caught.value.expected) == expected
 
 
@@ -98,8 +98,8 @@ def test_a_video_in_a_message_gives_the_same_prompt(loaded):
     clip = Video(gif([(250, 0, 0), (0, 250, 0), (0, 0, 250)]), 3)
     for text in ("What?", "\nWhat?"):
         tokens = processor.prompt([Message.of("user", clip, text)])
-        pictures = [Image(frame.source) for frame in processor.frames(clip)]
-        parts = [part for picture in pictures for part in (picture, "\n")]
+        images = [Image(frame.source) for frame in processor.frames(clip)]
+        parts = [part for image in images for part in (image, "\n")]
         assert tokens.ids == processor.prompt([Message.of("user", *parts, "What?")]).ids
     assert len(processor.frames(Video(clip.source))) == processor.spec.num_video_frames
 
@@ -133,7 +133,7 @@ def parts_of(path):
 def test_content_parts_give_the_prompt_of_our_messages(loaded, tmp_path):
     model, processor = loaded
     path = tmp_path / "a.png"
-    path.write_bytes(tiny.picture(7).source)
+    path.write_bytes(tiny.image(7).source)
     expected = processor.prompt([Message.of("user", Image(path), "\nWhat?")])
     for part in parts_of(path):
         messages = [{"role": "user", "content": [part, {"type": "text", "text": "\nWhat?"}]}]
@@ -172,7 +172,7 @@ def test_a_generation_prompt_cannot_be_disabled_after_a_user_message(loaded):
 
 def test_raw_text_needs_no_template_but_messages_do():
     _, processor = tiny.vila(template="")
-    assert processor(text="<image>hi", images=tiny.picture(0))["input_ids"].shape[1] == 6
+    assert processor(text="<image>hi", images=tiny.image(0))["input_ids"].shape[1] == 6
     with pytest.raises(TemplateError) as caught:
         processor.apply_chat_template([{"role": "user", "content": "hi"}])
     assert caught.value.field == "template" and caught.value.hint
@@ -182,7 +182,7 @@ def test_peft_wraps_and_merges(loaded, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     model, processor = tiny.vila()
-    inputs = processor(text="<image>what?", images=[tiny.picture(1)], return_tensors="pt")
+    inputs = processor(text="<image>what?", images=[tiny.image(1)], return_tensors="pt")
     before = model(**inputs).logits
     config = LoraConfig(r=2, target_modules=r"language_model.*\.q_proj", init_lora_weights=False)
     wrapped = get_peft_model(model, config)

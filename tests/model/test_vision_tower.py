@@ -55,7 +55,7 @@ def tower(request):
     return random_tower(request.param)
 
 
-def pictures(count=2, size=28):
+def images(count=2, size=28):
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
@@ -86,9 +86,9 @@ def published_names(model):
 @pytest.mark.parametrize("layer", [-4, -2, -1, 1, 4])
 def test_features_are_the_hidden_state_in_transformers_numbering(tower, layer):
     config, model = tower
-    states = model(pictures(), output_hidden_states=True).hidden_states
+    states = model(images(), output_hidden_states=True).hidden_states
     assert len(states) == config.num_hidden_layers + 1
-    assert torch.equal(select_features(model, config, pictures(), layer, "cls_patch"), states[layer])
+    assert torch.equal(select_features(model, config, images(), layer, "cls_patch"), states[layer])
 
 
 def test_the_last_hidden_state_is_taken_before_the_final_norm(tower):
@@ -96,9 +96,9 @@ def test_the_last_hidden_state_is_taken_before_the_final_norm(tower):
     raw = []
     block = next(m for m in model.modules() if isinstance(m, nn.ModuleList))[-1]
     handle = block.register_forward_hook(lambda module, args, output: raw.append(output))
-    final = model(pictures()).last_hidden_state
+    final = model(images()).last_hidden_state
     handle.remove()
-    assert torch.equal(select_features(model, config, pictures(), -1, "cls_patch"), raw[0])
+    assert torch.equal(select_features(model, config, images(), -1, "cls_patch"), raw[0])
     if config.model_type in ("siglip_vision_model", "dinov2"):
         assert (final - raw[0]).abs().max() > 0.1
 
@@ -109,7 +109,7 @@ def test_blocks_after_the_selected_one_do_not_run(tower):
     ran = []
     for number, block in enumerate(blocks):
         block.register_forward_hook(lambda module, args, output, number=number: ran.append(number))
-    select_features(model, config, pictures(), -3, "cls_patch")
+    select_features(model, config, images(), -3, "cls_patch")
     assert ran == [0, 1]
 
 
@@ -117,9 +117,9 @@ def test_the_internvl_tower_computes_the_published_blocks_of_internvit():
     config, model = random_tower("internvl")
     weights = published_names(model)
     assert weights["encoder.layers.3.attn.qkv.weight"].shape == (48, 16)
-    wanted = internvit_states(FACTS, weights, pictures())
+    wanted = internvit_states(FACTS, weights, images())
     for layer in (1, 2, 3, 4):
-        made = select_features(model, config, pictures(), layer, "cls_patch")
+        made = select_features(model, config, images(), layer, "cls_patch")
         torch.testing.assert_close(made, wanted[layer], atol=2e-5, rtol=0)  # worst of 20 seeds: 1.9e-6
 
 
@@ -145,19 +145,19 @@ def test_patches_of_the_published_towers():
 def test_images_of_another_size_are_refused(name):
     config, model = random_tower(name)
     with pytest.raises(LayoutError) as caught:
-        select_features(model, config, pictures(size=42), -1, "cls_patch")
+        select_features(model, config, images(size=42), -1, "cls_patch")
     assert "42 x 42" in caught.value.problem and "28 x 28" in caught.value.problem
 
 
 def test_dinov2_accepts_any_image_size():
     config, model = random_tower("dinov2")
-    assert select_features(model, config, pictures(size=42), -1, "patch").shape == (2, 9, 16)
+    assert select_features(model, config, images(size=42), -1, "patch").shape == (2, 9, 16)
 
 
 @pytest.mark.parametrize("name", ["clip", "dinov2", "internvl"])
 def test_patch_drops_the_class_token(name):
     config, model = random_tower(name)
-    both = [select_features(model, config, pictures(), -1, kind) for kind in ("cls_patch", "patch")]
+    both = [select_features(model, config, images(), -1, kind) for kind in ("cls_patch", "patch")]
     assert both[1].shape == (2, num_patches(config, 28), 16)
     assert torch.equal(both[0][:, 1:], both[1])
     check_tower(config, "patch")
@@ -183,7 +183,7 @@ def test_an_unknown_tower_is_named_with_the_known_ones():
 def test_a_layer_that_is_no_blocks_output_is_refused(layer):
     config, model = random_tower("clip")
     with pytest.raises(LayoutError) as caught:
-        select_features(model, config, pictures(1), layer, "patch")
+        select_features(model, config, images(1), layer, "patch")
     assert (caught.value.field, caught.value.value) == ("select_layer", layer)
 
 
@@ -251,12 +251,12 @@ def area_mean(grid, side):
     return out
 
 
-def by_loops(picture, scales, max_split):
+def by_loops(image, scales, max_split):
     """Features [P, C * len(scales)] of one image [3, H, W]."""
     grids = []
     for scale in sorted(scales):
-        rows, columns = (cubic_matrix(size, scale).to(picture.dtype) for size in picture.shape[1:])
-        resized = torch.stack([rows @ channel @ columns.T for channel in picture])
+        rows, columns = (cubic_matrix(size, scale).to(image.dtype) for size in image.shape[1:])
+        resized = torch.stack([rows @ channel @ columns.T for channel in image])
         splits = math.ceil(scale / max_split)
         tile, side = scale // splits, scale // splits // PATCH
         grid = torch.zeros(splits * side, splits * side, 5)
@@ -283,7 +283,7 @@ def by_loops(picture, scales, max_split):
 def test_features_equal_a_loop_over_tiles_patches_and_pixels(size, scales, max_split):
     pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(size))
     made = multiscale_features(encode, pixels, scales, max_split)
-    wanted = torch.stack([by_loops(picture, scales, max_split) for picture in pixels])
+    wanted = torch.stack([by_loops(image, scales, max_split) for image in pixels])
     assert made.shape == wanted.shape
     torch.testing.assert_close(made, wanted, atol=2e-5, rtol=0)  # worst of 30: 4.9e-6
 

@@ -32,7 +32,7 @@ def failures(out: Path) -> list[tuple[int, str]]:
 
 @pytest.fixture
 def images(tmp_path):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for name in ("a", "b"):
         (folder / f"{name}.jpg").write_bytes(jpeg(1))

@@ -114,34 +114,34 @@ def test_padding_counts_nothing():
 def test_token_weights_are_shares_of_the_mean():
     """Weight 3 on an image's tokens is as if the model had seen each of them three times."""
     model, processor = loud()
-    pictured = pictured_rows(model, processor)
+    calibration = image_sequences(model, processor)
     losses = {
         weight: search_model(
-            model, pictured, QuantConfig(group_size=16, image_weight=weight, dtype=torch.float64), **used
+            model, calibration, QuantConfig(group_size=16, image_weight=weight, dtype=torch.float64), **used
         )
         .scales[0]
         .metadata["losses"][0]
         for used in [{"processor": processor}]
         for weight in (1.0, 3.0, 1e9)
     }
-    length, slots = len(pictured.sequences[0].ids), 4
+    length, slots = len(calibration.sequences[0].ids), 4
     total = losses[1.0] * length
     images = losses[1e9] * slots
     assert losses[3.0] == pytest.approx((total + 2 * images) / (length + 2 * slots), rel=1e-6)
 
 
-def pictured_rows(model, processor):
+def image_sequences(model, processor):
     from tests import tiny
     from vila.core.types import Message
     from vila.quant.calibration import sample_calibration
 
-    told = [Message.of("user", tiny.picture(1), "what is it?"), Message.of("assistant", "noise")]
-    return sample_calibration([told], processor, name="pictures")
+    told = [Message.of("user", tiny.image(1), "what is it?"), Message.of("assistant", "noise")]
+    return sample_calibration([told], processor, name="images")
 
 
 def test_images_pass_through_the_whole_model():
     model, processor = loud()
-    seen = pictured_rows(model, processor)
+    seen = image_sequences(model, processor)
     options = QuantConfig(group_size=16)
     before = search_model(model, seen, options, processor=processor)
     with torch.no_grad():

@@ -107,13 +107,13 @@ def test_a_missing_file_and_too_little_text_are_named(tmp_path):
 
 def test_conversations_about_images_are_whole_sequences_with_their_placeholders():
     _, processor = tiny.vila()
-    asked = [Message.of("user", tiny.picture(0), "what?"), Message.of("assistant", "noise")]
+    asked = [Message.of("user", tiny.image(0), "what?"), Message.of("assistant", "noise")]
     found = sample_calibration([asked, asked], processor, name="vqa")
     ids = processor.tokens(asked, prompt=False).ids
     assert [row.ids for row in found.sequences] == [tuple(ids)] * 2
     assert found.sequences[0].ids.count(processor.image_token_id) == 4
     assert len(found.sequences[0].media) == 1
-    other = [Message.of("user", tiny.picture(1), "what?"), Message.of("assistant", "noise")]
+    other = [Message.of("user", tiny.image(1), "what?"), Message.of("assistant", "noise")]
     assert sample_calibration([asked, other], processor, name="vqa").sha256 != found.sha256
     with pytest.raises(DataError) as caught:
         sample_calibration([asked], processor, name="vqa", max_tokens=8)
@@ -124,7 +124,7 @@ def test_conversations_about_images_are_whole_sequences_with_their_placeholders(
 
 def test_text_and_images_join():
     _, processor = tiny.vila()
-    asked = [Message.of("user", tiny.picture(0), "what?"), Message.of("assistant", "noise")]
+    asked = [Message.of("user", tiny.image(0), "what?"), Message.of("assistant", "noise")]
     text = text_calibration(["abc"], letters, name="text", length=4)
     both = join_calibrations(text, sample_calibration([asked], processor, name="vqa"))
     assert both.name == "text+vqa"

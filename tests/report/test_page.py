@@ -39,7 +39,7 @@ class Reader(HTMLParser):
         assert self.open.pop() == tag
 
 
-def picture(size=(8, 6), colour="red"):
+def image(size=(8, 6), colour="red"):
     return Image.new("RGB", size, colour)
 
 
@@ -49,9 +49,7 @@ def full_page(text="plain"):
     page.section(text, text).plot(line_plot([Series(text, [(0, 1), (1, 2)])], title=text, smoothing=0.5), text)
     page.section(text).plot(bar_plot([Group(text, {text: 1.0, "b": 2.0})], title=text), text)
     page.section("c").table([text, "n", "m", "o"], [[text, 1, 2.5, None], ["b", 3, 4.5, "x"]], text)
-    page.section("d").gallery(
-        [Card(picture(), [(text, text), ("", text)], True), Card(None, [("a", text)], False)], text
-    )
+    page.section("d").gallery([Card(image(), [(text, text), ("", text)], True), Card(None, [("a", text)], False)], text)
     page.code(text, text).details(text).text(text).code(text).table((), [(text, text)])
     return page
 
@@ -115,14 +113,14 @@ def test_details_are_filled_where_they_stand():
     assert html.index("unfold") < html.index("folded words") < html.index("</details>") < html.index("words after")
 
 
-def test_gallery_embeds_pictures_and_marks_right_and_wrong(tmp_path):
+def test_gallery_embeds_images_and_marks_right_and_wrong(tmp_path):
     path = tmp_path / "a.png"
-    picture().save(path)
+    image().save(path)
     cards = [
         Card(path, [("", "q")], True),
         Card(path.read_bytes(), [], False),
         Card(str(path), []),
-        Card(picture(), []),
+        Card(image(), []),
     ]
     elements = Reader(Page("t").gallery(cards).render()).elements
     images = [a for tag, a in elements if tag == "img"]
@@ -133,38 +131,38 @@ def test_gallery_embeds_pictures_and_marks_right_and_wrong(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_card_shows_all_its_pictures_in_order():
+def test_a_card_shows_all_its_images_in_order():
     colours = ["red", "green", "blue"]
-    first, *more = (picture(colour=colour) for colour in colours)
+    first, *more = (image(colour=colour) for colour in colours)
     cards = [Card(first, [("", "q")], more=more), Card(None, [], more=more), Card(first, [])]
     page = Page("t").gallery(cards).render()
     shown = [a["src"] for tag, a in Reader(page).elements if tag == "img"]
-    uris = [embed(picture(colour=colour)).uri for colour in colours]
+    uris = [embed(image(colour=colour)).uri for colour in colours]
     assert shown == [*uris, *uris[1:], uris[0]]
 
 
-def test_an_embedded_picture_keeps_its_pixels():
-    source = picture((5, 3), (1, 2, 3))
+def test_an_embedded_image_keeps_its_pixels():
+    source = image((5, 3), (1, 2, 3))
     with Image.open(io.BytesIO(base64.b64decode(embed(source).uri.split(",")[1]))) as back:
         assert (back.size, back.mode, back.tobytes()) == (source.size, "RGB", source.tobytes())
 
 
-def test_large_pictures_become_thumbnails_and_lose_their_metadata():
+def test_large_images_become_thumbnails_and_lose_their_metadata():
     stream = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "secret place"  # orientation: a quarter turn; description
-    picture((800, 400)).save(stream, "JPEG", exif=exif)
+    image((800, 400)).save(stream, "JPEG", exif=exif)
     thumbnail = embed(stream.getvalue())
     assert (thumbnail.width, thumbnail.height, thumbnail.tiny) == (MAX_SIDE // 2, MAX_SIDE, False)
     assert b"secret" not in base64.b64decode(thumbnail.uri.split(",")[1])
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16", "F"])
-def test_pictures_of_every_mode_can_be_embedded(mode):
+def test_images_of_every_mode_can_be_embedded(mode):
     assert embed(Image.new(mode, (4, 4))).uri.startswith("data:image/png;base64,")
 
 
-def test_a_picture_that_cannot_be_read_is_named(tmp_path):
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(MediaError, match=r"no\.png: cannot be shown in the report"):
         Page("t").gallery([Card(tmp_path / "no.png", [])])
     with pytest.raises(MediaError, match=r"<5 bytes>: cannot be shown in the report"):

@@ -71,12 +71,12 @@ def send(app: Any, method: str = "POST", path: str = "/v1/chat/completions", **w
 
 
 def data_url(seed: int = 1) -> str:
-    """A picture that travels in its own address."""
-    return f"data:image/png;base64,{base64.b64encode(tiny.picture(seed).source).decode()}"
+    """An image that travels in its own address."""
+    return f"data:image/png;base64,{base64.b64encode(tiny.image(seed).source).decode()}"
 
 
-def picture_part(url: str) -> dict[str, Any]:
-    """A part with a picture."""
+def image_part(url: str) -> dict[str, Any]:
+    """A part with an image."""
     return {"type": "image_url", "image_url": {"url": url}}
 
 
@@ -149,7 +149,7 @@ class Process:
 
 @contextmanager
 def pages(answers: dict[str, bytes | str]):
-    """A web server on this machine: pictures by path, or where a path leads to."""
+    """A web server on this machine: images by path, or where a path leads to."""
 
     class Page(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

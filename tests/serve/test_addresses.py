@@ -4,7 +4,7 @@ import httpcore2
 import pytest
 
 from tests import tiny
-from tests.serve.fixtures import ask, data_url, pages, picture_part
+from tests.serve.fixtures import ask, data_url, image_part, pages
 from vila.media import http
 from vila.media.limits import MediaLimits
 
@@ -21,7 +21,7 @@ PRIVATE = [*V4.split(), *(f"[{address}]" for address in V6.split())]
 
 
 def asked(app, url):
-    return ask(app, messages=[{"role": "user", "content": [picture_part(url)]}])
+    return ask(app, messages=[{"role": "user", "content": [image_part(url)]}])
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_an_allowed_private_address_is_fetched(service, monkeypatch):
     from vila.serve.messages import Limits
 
     monkeypatch.setattr(service, "limits", Limits(allow_private=True, media=MediaLimits(image_bytes=10_000)))
-    with pages({"/a.png": tiny.picture(1).source, "/big.png": bytes(20_000)}) as web:
+    with pages({"/a.png": tiny.image(1).source, "/big.png": bytes(20_000)}) as web:
         app = create_app(service)
         assert asked(app, f"{web}/a.png").status_code == 200
         for path, word in (("big.png", "10,000"), ("none.png", "404")):

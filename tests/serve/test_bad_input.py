@@ -13,7 +13,7 @@ from PIL import Image as PilImage
 
 from tests.engine.test_batcher_failures import kill
 from tests.serve import fixtures
-from tests.serve.fixtures import HELLO, ask, body, data_url, picture_part, send, text_part
+from tests.serve.fixtures import HELLO, ask, body, data_url, image_part, send, text_part
 from vila.serve.app import create_app
 from vila.serve.messages import Limits
 
@@ -148,7 +148,7 @@ def test_unknown_parameters_get_a_suggestion(app):
     ],
 )
 def test_invalid_images_are_rejected_with_their_location(app, url, code):
-    error = refusal(ask(app, messages=user(text_part("what is it?"), picture_part(url))))
+    error = refusal(ask(app, messages=user(text_part("what is it?"), image_part(url))))
     assert (error["code"], error["param"]) == (code, "messages[0].content[1]")
 
 
@@ -156,7 +156,7 @@ def test_truncated_images_and_invalid_videos_are_rejected(app):
     stream = io.BytesIO()
     PilImage.effect_noise((64, 64), 90).save(stream, "JPEG")
     video = {"type": "video_url", "video_url": {"url": encoded(b"not a video")}}
-    for part in (picture_part(encoded(stream.getvalue()[:-900])), video):
+    for part in (image_part(encoded(stream.getvalue()[:-900])), video):
         error = refusal(ask(app, messages=user(part)))
         assert (error["code"], error["param"]) == ("invalid_media", "messages[0].content[0]")
     # 16 x 64 frames of four tokens each do not fit the context, which is checked before any of them is decoded.
@@ -167,9 +167,9 @@ def test_truncated_images_and_invalid_videos_are_rejected(app):
 
 
 def test_too_many_images_and_images_outside_user_turns_are_rejected(app):
-    many = user(*[picture_part(data_url())] * 100)
+    many = user(*[image_part(data_url())] * 100)
     assert refusal(ask(app, messages=many))["param"] == "messages[0].content[16]"
-    system = [{"role": "system", "content": [picture_part(data_url())]}, *HELLO]
+    system = [{"role": "system", "content": [image_part(data_url())]}, *HELLO]
     assert refusal(ask(app, messages=system))["param"] == "messages[0].content[0]"
 
 

@@ -172,8 +172,8 @@ def test_slow_urls_do_not_block_other_requests(service, monkeypatch):
         return opened(url, *arguments, **options)
 
     monkeypatch.setattr(messages, "open_source", slow)
-    fetched = body(messages=[{"role": "user", "content": [fixtures.picture_part("http://127.0.0.1/a.png")]}])
-    inline = body(messages=[{"role": "user", "content": [fixtures.picture_part(fixtures.data_url())]}])
+    fetched = body(messages=[{"role": "user", "content": [fixtures.image_part("http://127.0.0.1/a.png")]}])
+    inline = body(messages=[{"role": "user", "content": [fixtures.image_part(fixtures.data_url())]}])
 
     async def both(port):
         async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:

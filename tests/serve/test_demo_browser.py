@@ -21,11 +21,11 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     for seed in (1, 2):
-        open_image(Image(fixtures.tiny.picture(seed).source)).save(folder / f"{seed}.png")
-    (folder / "page.png").write_text("<html>no picture</html>")
+        open_image(Image(fixtures.tiny.image(seed).source)).save(folder / f"{seed}.png")
+    (folder / "page.png").write_text("<html>no image</html>")
     return folder
 
 
@@ -88,9 +88,9 @@ def shorten(page):
     page.keyboard.press("Tab")
 
 
-def test_two_images_are_answered_by_both_models_in_a_stream(page, pictures):
+def test_two_images_are_answered_by_both_models_in_a_stream(page, images):
     shorten(page)
-    ask(page, "what are they?", [pictures / "1.png", pictures / "2.png"])
+    ask(page, "what are they?", [images / "1.png", images / "2.png"])
     lengths = set()
     until = time.monotonic() + 60
     while "tokens/s" not in page.inner_text("#speed-one") and time.monotonic() < until:
@@ -105,9 +105,9 @@ def test_two_images_are_answered_by_both_models_in_a_stream(page, pictures):
     assert answers[0] and answers[0] == answers[1]
 
 
-def test_an_invalid_upload_shows_the_servers_error(page, pictures):
+def test_an_invalid_upload_shows_the_servers_error(page, images):
     shorten(page)
-    ask(page, "what is it?", [pictures / "page.png"])
+    ask(page, "what is it?", [images / "page.png"])
     page.wait_for_function("document.querySelector('#one').innerText.includes('not an image')", timeout=60_000)
     page.get_by_role("button", name="New conversation").click()
     page.wait_for_timeout(500)

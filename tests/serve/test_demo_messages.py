@@ -32,7 +32,7 @@ from vila.serve.demo.ui import (
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> str:
+def image(tmp_path: Path) -> str:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     return str(tmp_path / "a.png")
 
@@ -45,10 +45,10 @@ def file_of(path):
     return {"role": "user", "content": [{"type": "file", "file": {"path": path}}]}
 
 
-def test_files_are_sent_unchanged(picture):
-    url = data_url(picture)
+def test_files_are_sent_unchanged(image):
+    url = data_url(image)
     assert url.startswith("data:image/png;base64,")
-    assert base64.b64decode(url.partition(",")[2]) == Path(picture).read_bytes()
+    assert base64.b64decode(url.partition(",")[2]) == Path(image).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -66,22 +66,22 @@ def test_invalid_uploads_are_rejected_by_name(tmp_path, name, content, words):
     assert caught.value.file == name
 
 
-def test_images_and_videos_precede_the_text(picture, tmp_path):
+def test_images_and_videos_precede_the_text(image, tmp_path):
     clip = tmp_path / "b.mp4"
     clip.write_bytes(b"clip")
-    kinds = [part["type"] for part in user_message("what?", [picture, clip, picture])["content"]]
+    kinds = [part["type"] for part in user_message("what?", [image, clip, image])["content"]]
     assert kinds == ["image_url", "video_url", "image_url", "text"]
 
 
-def test_consecutive_user_turns_are_merged(picture):
-    messages = conversation([file_of(picture), file_of(picture), said("two of what?")])
+def test_consecutive_user_turns_are_merged(image):
+    messages = conversation([file_of(image), file_of(image), said("two of what?")])
     assert [message["role"] for message in messages] == ["user"]
     assert [part["type"] for part in messages[0]["content"]] == ["image_url", "image_url", "text"]
 
 
-def test_earlier_turns_keep_images_and_notices_are_not_sent(picture):
+def test_earlier_turns_keep_images_and_notices_are_not_sent(image):
     notice = {"role": "assistant", "content": "too large", "metadata": {"title": "The server refused"}}
-    chat = [file_of(picture), said("one?"), said("a dot", "assistant"), said("two?"), notice, said("and now?")]
+    chat = [file_of(image), said("one?"), said("a dot", "assistant"), said("two?"), notice, said("and now?")]
     messages = conversation(chat, system="Be brief.")
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
     assert messages[1]["content"][0]["type"] == "image_url"
@@ -89,15 +89,15 @@ def test_earlier_turns_keep_images_and_notices_are_not_sent(picture):
     assert messages[3]["content"] == [{"type": "text", "text": "and now?"}]
 
 
-def test_an_empty_answer_is_shown_and_its_question_dropped(picture):
-    chat = with_answer([file_of(picture), said("a?")], StreamState(done=True, tokens=0))
+def test_an_empty_answer_is_shown_and_its_question_dropped(image):
+    chat = with_answer([file_of(image), said("a?")], StreamState(done=True, tokens=0))
     assert chat[-1]["metadata"]["title"]
     assert with_answer([said("a?")], StreamState()) == [said("a?")]
     messages = conversation([*chat, said("b?")])
     assert messages == [{"role": "user", "content": [{"type": "text", "text": "b?"}]}]
 
 
-def test_unpaired_surrogates_are_replaced(picture):
+def test_unpaired_surrogates_are_replaced(image):
     half = "a\ud83d"
     messages = conversation(
         [said(half), said(half, "assistant"), said(half)], [FewShotExample("", half, half)], system=half
@@ -112,8 +112,8 @@ def test_a_notice_without_metadata_of_the_page_is_an_answer():
     assert conversation([said("a?"), plain, said("b?")])[1] == {"role": "assistant", "content": "yes"}
 
 
-def test_few_shot_examples_are_earlier_turns(picture):
-    shots = [FewShotExample(picture, "red"), FewShotExample("", "no", "is it round?")]
+def test_few_shot_examples_are_earlier_turns(image):
+    shots = [FewShotExample(image, "red"), FewShotExample("", "no", "is it round?")]
     messages = conversation([said("what color?")], shots)
     assert [message["role"] for message in messages] == ["user", "assistant", "user", "assistant", "user"]
     assert messages[0]["content"][-1]["text"] == "what color?"
@@ -121,12 +121,12 @@ def test_few_shot_examples_are_earlier_turns(picture):
     assert messages[3]["content"] == "no"
 
 
-def test_builder_fields_round_trip(picture):
-    shots = [FewShotExample(picture, "red"), FewShotExample("", "no", "round?")]
+def test_builder_fields_round_trip(image):
+    shots = [FewShotExample(image, "red"), FewShotExample("", "no", "round?")]
     cells = cells_of(shots, 4)
     assert len(cells) == 12
     assert shots_of(cells) == shots
-    assert shots_of([picture, "  ", "a question without an answer"]) == []
+    assert shots_of([image, "  ", "a question without an answer"]) == []
 
 
 def test_only_effective_settings_are_sent():
@@ -165,19 +165,19 @@ def test_two_answers_are_streamed_concurrently_and_fail_independently():
     assert last["two"].problem == "gone"
 
 
-def test_undo_returns_the_question_with_its_images(picture):
-    one = [said("first?"), said("1", "assistant"), file_of(picture), said("second?"), said("2", "assistant")]
-    two = [file_of(picture), said("second?"), said("zwei", "assistant")]
+def test_undo_returns_the_question_with_its_images(image):
+    one = [said("first?"), said("1", "assistant"), file_of(image), said("second?"), said("2", "assistant")]
+    two = [file_of(image), said("second?"), said("zwei", "assistant")]
     question, one, two = undo_question(one, two)
-    assert question == {"text": "second?", "files": [picture]}
+    assert question == {"text": "second?", "files": [image]}
     assert [turn["content"] for turn in one] == ["first?", "1"]
     assert two == []
     assert last_question([]) == 0
     assert undo_question([], [])[0] == {"text": "", "files": []}
 
 
-def test_a_camera_image_is_added_to_the_question(picture):
-    assert add_image({"text": "what?", "files": ["b.png"]}, picture)["files"] == ["b.png", picture]
+def test_a_camera_image_is_added_to_the_question(image):
+    assert add_image({"text": "what?", "files": ["b.png"]}, image)["files"] == ["b.png", image]
     assert add_image(None, None) == {"text": "", "files": []}
 
 

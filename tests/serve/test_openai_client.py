@@ -10,7 +10,7 @@ from PIL import Image as PilImage
 
 from tests import tiny
 from tests.serve import fixtures
-from tests.serve.fixtures import HELLO, data_url, picture_part, text_part
+from tests.serve.fixtures import HELLO, data_url, image_part, text_part
 from vila.chat.content import parse_messages
 from vila.cli.main import main
 from vila.core.types import Image, Message
@@ -86,13 +86,13 @@ def test_the_asynchronous_client_asks_several_at_once(server, ask):
 
 
 def test_images_from_data_urls_and_http_in_order(ask, engine):
-    first, second = tiny.picture(1), tiny.picture(2)
+    first, second = tiny.image(1), tiny.image(2)
     wanted = [Message.of("user", first, "and", second, "differ how?")]
     with fixtures.pages({"/b.png": second.source}) as web:
         parts = (
-            picture_part(data_url(1)),
+            image_part(data_url(1)),
             text_part("and"),
-            picture_part(f"{web}/b.png"),
+            image_part(f"{web}/b.png"),
             text_part("differ how?"),
         )
         assert said(ask(user(*parts))) == engine.generate(wanted, max_new_tokens=8)
@@ -112,18 +112,18 @@ def test_a_video_equals_its_frames(ask, engine, tmp_path):
     assert answer.usage.prompt_tokens == len(engine.processor.prompt(with_frames).ids)
 
 
-def test_system_text_and_earlier_turns_with_pictures_are_read(ask, engine):
+def test_system_text_and_earlier_turns_with_images_are_read(ask, engine):
     turns = [
         {"role": "system", "content": "be brief"},
-        *user(picture_part(data_url(1)), text_part("colour?")),
+        *user(image_part(data_url(1)), text_part("colour?")),
         {"role": "assistant", "content": "red"},
-        *user(picture_part(data_url(2)), text_part("colour?")),
+        *user(image_part(data_url(2)), text_part("colour?")),
     ]
     wanted = [
         Message.of("system", "be brief"),
-        Message.of("user", tiny.picture(1), "colour?"),
+        Message.of("user", tiny.image(1), "colour?"),
         Message.of("assistant", "red"),
-        Message.of("user", tiny.picture(2), "colour?"),
+        Message.of("user", tiny.image(2), "colour?"),
     ]
     answer = ask(turns)
     assert said(answer) == engine.generate(wanted, max_new_tokens=8)
@@ -260,9 +260,9 @@ def test_the_log_has_the_request_id_and_no_prompt(server):
 
 
 def test_the_same_words_over_http_on_the_command_line_and_in_python(ask, engine, model_folder, capsys, tmp_path):
-    (tmp_path / "p.png").write_bytes(tiny.picture(5).source)
+    (tmp_path / "p.png").write_bytes(tiny.image(5).source)
     wanted = [Message.of("user", Image(tmp_path / "p.png"), "what shape is it?")]
-    over_http = said(ask(user(picture_part(data_url(5)), text_part("what shape is it?")), max_tokens=24))
+    over_http = said(ask(user(image_part(data_url(5)), text_part("what shape is it?")), max_tokens=24))
     with pytest.raises(SystemExit):
         main([
             "run", str(model_folder), "-i", str(tmp_path / "p.png"), "-p", "what shape is it?", "--dtype", "float32",

@@ -10,9 +10,9 @@ import httpx2
 import pytest
 
 from tests.serve import fixtures
-from tests.serve.fixtures import body, data_url, picture_part, text_part
+from tests.serve.fixtures import body, data_url, image_part, text_part
 
-KINDS = ("text", "picture", "stream", "left", "cut", "several", "no json", "no picture", "no model", "too long")
+KINDS = ("text", "image", "stream", "left", "cut", "several", "no json", "no image", "no model", "too long")
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.slow)])
@@ -37,7 +37,7 @@ def _soak(server, count, too_long=5000):
     asyncio.run(_all(server.url, order[: count // 4], too_long))
     before = _resident(server.popen.pid)
     found = asyncio.run(_all(server.url, order[count // 4 :], too_long))
-    wanted = {"no json": 400, "no picture": 400, "no model": 404, "too long": 400, "left": None, "cut": None}
+    wanted = {"no json": 400, "no image": 400, "no model": 404, "too long": 400, "left": None, "cut": None}
     assert [(kind, status) for kind, status in found if status != wanted.get(kind, 200)] == []
     metrics = httpx2.get(f"{server.root}/metrics").text
     for name in ("running", "waiting", "kv_tokens_used"):
@@ -63,10 +63,10 @@ async def _ask(client, number, kind, too_long):
     words = f"question {number} {'x' * (number % 90)}"
     parts = [text_part(words)]
     changes = {"max_tokens": 1 + number % 30}
-    if kind in ("picture", "cut"):
-        parts.insert(0, picture_part(data_url(number % 40)))
-    if kind == "no picture":
-        parts.insert(0, picture_part("data:image/png;base64,aGVsbG8="))
+    if kind in ("image", "cut"):
+        parts.insert(0, image_part(data_url(number % 40)))
+    if kind == "no image":
+        parts.insert(0, image_part("data:image/png;base64,aGVsbG8="))
     if kind == "several":
         changes |= {"n": 3, "temperature": 1.0}
     if kind == "no model":

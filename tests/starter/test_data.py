@@ -55,7 +55,7 @@ def test_every_stage_file_reads_as_samples(written, easy_vqa):
         assert all(source[i].messages for i in range(len(source)))
 
 
-def test_held_out_pictures_are_in_no_stage(written, easy_vqa):
+def test_held_out_images_are_in_no_stage(written, easy_vqa):
     for name in ("1_align", "2_pretrain", "3_sft"):
         source = FORMATS["messages"].open(written / f"{name}.jsonl", easy_vqa / "train" / "images")
         shown = {int(item.source.stem) for i in range(len(source)) for item in source[i].media}
@@ -63,7 +63,7 @@ def test_held_out_pictures_are_in_no_stage(written, easy_vqa):
         assert not any(map(is_validation, shown))
 
 
-def test_pages_hold_two_to_four_pictures_and_every_picture_once():
+def test_pages_hold_two_to_four_images_and_every_image_once():
     truths = [ShapeImage(n, "circle", "red") for n in range(50)]
     pages = page_records(truths, random.Random(0))
     counts = [sum(part["type"] == "image" for part in page["messages"][0]["content"]) for page in pages]

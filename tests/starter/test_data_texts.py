@@ -45,7 +45,7 @@ def test_responses_do_not_repeat_themselves() -> None:
         assert all(sixes.count(six) <= 2 for six in set(sixes)), name
 
 
-def test_instructions_stay_clear_of_picture_questions() -> None:
+def test_instructions_stay_clear_of_image_questions() -> None:
     asked = re.compile(r"\b(image|picture|photo|colou?rs?|shapes?|circle|triangle|rectangle)\b", re.IGNORECASE)
     assert [row for row in data.instruction_pairs() if asked.search(row[1])] == []
 

@@ -1,4 +1,4 @@
-"""easy-VQA: unpacking, validated reading, kinds of questions, and what the questions tell about a picture."""
+"""easy-VQA: unpacking, validated reading, kinds of questions, and what the questions tell about an image."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def result(tmp_path):
         "validation_accuracy": 0.9742,
         "seed": 7,
         "versions": {"vila": "0.1.0"},
-        "commands": {"Ask it": "vila ask runs/starter picture.png"},
+        "commands": {"Ask it": "vila ask runs/starter image.png"},
     }  # fmt: skip
 
 

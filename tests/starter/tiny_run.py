@@ -35,7 +35,7 @@ def write_vision(folder: Path) -> Path:
 
 
 def write_easy_vqa(folder: Path, train: int = 60, test: int = 8) -> Path:
-    """Pictures of one shape with the questions of the real set's wordings."""
+    """Images of one shape with the questions of the real set's wordings."""
     for split, count in (("train", train), ("test", test)):
         images = folder / split / "images"
         images.mkdir(parents=True)
@@ -56,12 +56,12 @@ def write_easy_vqa(folder: Path, train: int = 60, test: int = 8) -> Path:
 
 
 def _draw(shape: str, colour: str) -> Image.Image:
-    picture = Image.new("RGB", (64, 64), (220, 230, 240))
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (64, 64), (220, 230, 240))
+    draw = ImageDraw.Draw(image)
     if shape == "circle":
         draw.ellipse((16, 16, 48, 48), fill=RGB[colour])
     elif shape == "rectangle":
         draw.rectangle((12, 20, 52, 44), fill=RGB[colour])
     else:
         draw.polygon([(32, 12), (52, 50), (12, 50)], fill=RGB[colour])
-    return picture
+    return image

@@ -36,7 +36,7 @@ def learn(model):
 
 
 def inputs_of(processor):
-    return processor(text="<image>what?", images=[tiny.picture(1)], return_tensors="pt")
+    return processor(text="<image>what?", images=[tiny.image(1)], return_tensors="pt")
 
 
 def logits(model, processor):

@@ -135,7 +135,7 @@ def test_a_head_that_is_no_plain_linear_is_called(monkeypatch, tokens):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_loss_of_a_model_equals_that_of_all_its_logits(family, tied):
-    model, processor, row = build(family, ROWS["no, one and three pictures"], tie_word_embeddings=tied)
+    model, processor, row = build(family, ROWS["no, one and three images"], tie_word_embeddings=tied)
     batch = collate([row])
     objective, media = LossModule(model), features(model, processor, batch.media)
     total, by_source = objective(batch, features=media)
@@ -176,12 +176,12 @@ def learners(model, total):
 
 @pytest.mark.parametrize("tune", [["vision", "projector", "llm"], ["projector", "llm"], ["projector"]])
 def test_a_batch_without_images_reaches_what_others_reach_and_changes_nothing(tune):
-    model, processor, row = build("llama", ROWS["no, one and three pictures"])
+    model, processor, row = build("llama", ROWS["no, one and three images"])
     select_trainable(model, tune)
     objective = LossModule(model)
-    stand_in = processor.pixels([tiny.picture(9)])
-    pictures = collate([[row[1]]])
-    shown, _ = objective(pictures, pixels=processor.pixels(list(pictures.media)))
+    stand_in = processor.pixels([tiny.image(9)])
+    images = collate([[row[1]]])
+    shown, _ = objective(images, pixels=processor.pixels(list(images.media)))
     batch = collate([[row[0]]])
     alone, _ = objective(batch)
     idle, _ = objective(batch, pixels=stand_in, dummy_vision=True)
@@ -202,7 +202,7 @@ def test_a_dummy_image_that_is_not_finite_has_no_effect():
 
 @pytest.mark.parametrize("head", ["plain", "adapted"])
 def test_a_batch_without_supervision_reaches_everything_with_zeros(head):
-    model, processor, row = build("qwen2", ROWS["no, one and three pictures"], tie_word_embeddings=False)
+    model, processor, row = build("qwen2", ROWS["no, one and three images"], tie_word_embeddings=False)
     if head == "adapted":
         model.language_model.lm_head.__class__ = Adapted
     batch = collate([row])
@@ -218,7 +218,7 @@ def test_a_batch_without_supervision_reaches_everything_with_zeros(head):
 
 
 def test_a_frozen_llm_still_teaches_the_projector():
-    model, processor, row = build("llama", ROWS["no, one and three pictures"])
+    model, processor, row = build("llama", ROWS["no, one and three images"])
     select_trainable(model, ["projector"])
     batch = collate([row])
     total, _ = LossModule(model)(batch, features=features(model, processor, batch.media))

@@ -25,19 +25,19 @@ def text(name, question="some text?", answer="yes"):
     return Sample(name, (Message.of("user", question), Message.of("assistant", answer)))
 
 
-def shown(name, *pictures):
-    parts = [part for n in pictures for part in (tiny.picture(n), f" {n}")]
+def shown(name, *images):
+    parts = [part for n in images for part in (tiny.image(n), f" {n}")]
     return Sample(name, (Message.of("user", *parts, "?"), Message.of("assistant", "12")))
 
 
-def tree(name, picture, *questions):
+def tree(name, image, *questions):
     branches = tuple((Message.of("user", q), Message.of("assistant", q[::-1])) for q in questions)
-    return Sample(name, (Message.of("user", tiny.picture(picture)),), branches)
+    return Sample(name, (Message.of("user", tiny.image(image)),), branches)
 
 
 ROWS = {
     "three texts": [text("a"), text("b", "q", "long answer"), text("c", "other")],
-    "no, one and three pictures": [text("a"), shown("b", 1), shown("c", 2, 3, 4), text("d")],
+    "no, one and three images": [text("a"), shown("b", 1), shown("c", 2, 3, 4), text("d")],
     "shared prefixes": [tree("a", 1, "one", "two", "three"), text("b"), tree("c", 2, "four", "five")],
 }
 
@@ -148,7 +148,7 @@ def collate_with(batch, ids):
 
 
 def test_images_of_a_sequence_go_to_their_own_placeholders():
-    model, processor, row = build("llama", ROWS["no, one and three pictures"])
+    model, processor, row = build("llama", ROWS["no, one and three images"])
     batch = collate([row])
     media = features(model, processor, batch.media)
     with torch.no_grad():

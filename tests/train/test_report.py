@@ -55,9 +55,9 @@ def words(path):
 def folder(tmp_path):
     """A run of a hundred steps with everything that a run can leave."""
     write_rows(tmp_path / "metrics.jsonl", [step(n, dropped=n == 5, faults=n == 6) for n in range(1, 101)])
-    picture = tmp_path / "p.png"
-    picture.write_bytes(tiny.picture(1).source)
-    asked = [("what <b>is</b> it?", str(picture)), ("who?", ""), ("gone?", str(tmp_path / "no.png"))]
+    image = tmp_path / "p.png"
+    image.write_bytes(tiny.image(1).source)
+    asked = [("what <b>is</b> it?", str(image)), ("who?", ""), ("gone?", str(tmp_path / "no.png"))]
     write_rows(
         tmp_path / "answers.jsonl",
         [{"step": s, "prompt": p, "image": i, "answer": f"answer {s}"} for s in (50, 100) for p, i in asked],

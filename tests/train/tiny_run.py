@@ -25,10 +25,10 @@ def write_training_files(folder: Path, family: str = "llama", records: int = 24)
             rows.append({"id": f"text{number}", "messages": question})
             continue
         name = f"{number}.png"
-        (folder / name).write_bytes(tiny.picture(number).source)
-        picture = {"role": "user", "content": [{"type": "image", "path": name}]}
+        (folder / name).write_bytes(tiny.image(number).source)
+        image = {"role": "user", "content": [{"type": "image", "path": name}]}
         branches = [question, [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "12"}]]
-        rows.append({"id": f"image{number}", "messages": [picture], "branches": branches})
+        rows.append({"id": f"image{number}", "messages": [image], "branches": branches})
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

@@ -49,7 +49,7 @@ def table(rows) -> str:
 
 
 def turns(number: int, options: list[str], true: int) -> list[list]:
-    image = base64.b64encode(f"picture {number}".encode()).decode()
+    image = base64.b64encode(f"image {number}".encode()).decode()
     out = []
     for turn in range(len(options)):
         rotated = options[turn:] + options[:turn] + [""] * (4 - len(options))
@@ -179,7 +179,7 @@ def test_item_fields_equal_upstream_records(folder):
 def test_images_stay_in_the_table_until_they_are_read(folder):
     items = MmBench(folder).items()
     images = [item.messages[0].parts[0].source for item in items]
-    assert images[3].read() == b"picture 1"
+    assert images[3].read() == b"image 1"
     assert images[0] == images[1] != images[3]  # rotations share theirs
     path = folder / "mmbench" / "mmbench_dev_20230712.tsv"
     path.write_text(path.read_text() + "\n")

@@ -9,7 +9,7 @@ from vila.eval.benchmark import BENCHMARKS, Answer
 from vila.eval.benchmarks.mme import COGNITION, PERCEPTION, Mme, parse_lmms, parse_upstream
 from vila.eval.predictions import read_answers
 
-# Answers to both questions of a image, whose truth is Yes and No; how many the original and lmms-eval call right.
+# Answers to both questions of an image, whose truth is Yes and No; how many the original and lmms-eval call right.
 EXISTENCE = [
     ("Yes", "No", 2, 2, "casing does not count"),
     ("yes", "no.", 2, 2, "the word opens the answer"),
@@ -198,7 +198,7 @@ def test_a_category_of_other_answers_only_is_zero_and_noted(folder, rows):
         ({"prompt": ""}, "no prompt"),
         ({"question_id": "eval_tool/0000.png"}, "eval_tool/0000.png"),
     ],
-    ids=["unknown picture", "number", "another benchmark's", "another question", "no prompt", "no category"],
+    ids=["unknown image", "number", "another benchmark's", "another question", "no prompt", "no category"],
 )
 def test_answers_to_no_question_of_mme_are_named(folder, rows, change, said):
     rows[0].update(change)

@@ -46,14 +46,14 @@ FIRST = {"adversarial": 1, "random": 10000001, "popular": 20000001}
 THINGS = ["dog", "cat", "car", "tree", "cup", "boat", "chair", "person"]
 
 
-def picture(number: int) -> str:
+def image_name(number: int) -> str:
     return f"COCO_val2014_{number // 4:012d}.jpg"
 
 
 def question(category: str, number: int) -> dict:
     return {
         "question_id": FIRST[category] + number,
-        "image": picture(number),
+        "image": image_name(number),
         "text": f"Is there a {THINGS[number]} in the image?\n{SHORT}",
         "category": category,
     }
@@ -66,7 +66,7 @@ def folder(tmp_path):
         labels = [
             {
                 "question_id": n + 1,
-                "image": picture(n),
+                "image": image_name(n),
                 "text": f"Is there a {THINGS[n]} in the image?",
                 "label": row[1],
             }
@@ -214,7 +214,7 @@ def test_label_files_of_another_release_are_refused(folder):
 
 def test_a_question_asked_twice_about_an_image_keeps_its_label(tmp_path):
     jsonl(tmp_path / "llava_pope_test.jsonl", [question("random", 0), {**question("random", 0), "question_id": 5}])
-    label = {"image": picture(0), "text": "Is there a dog in the image?"}
+    label = {"image": image_name(0), "text": "Is there a dog in the image?"}
     jsonl(tmp_path / "coco" / "coco_pope_random.json", [{**label, "label": "yes"}, {**label, "label": "no"}])
     assert [item.truth for item in Pope(tmp_path).items()] == ["yes", "no"]
 
@@ -222,9 +222,9 @@ def test_a_question_asked_twice_about_an_image_keeps_its_label(tmp_path):
 def test_the_whole_prompt_and_images_together(folder):
     items = BENCHMARKS["pope"](folder, 0).items()
     assert whole_prompt(items[0]) == f"{VICUNA}Is there a dog in the image?\n{SHORT} ASSISTANT:"
-    assert [item.group for item in items] == [picture(0)] * 12 + [picture(4)] * 12
+    assert [item.group for item in items] == [image_name(0)] * 12 + [image_name(4)] * 12
     assert (items[0].question_id, items[0].category, items[0].truth) == (1, "adversarial", "yes")
-    assert items[0].messages[0].parts[0].source == folder / "pope" / "val2014" / picture(0)
+    assert items[0].messages[0].parts[0].source == folder / "pope" / "val2014" / image_name(0)
 
 
 def test_a_few_images_are_scored_alone(folder):

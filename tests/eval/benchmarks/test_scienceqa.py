@@ -38,7 +38,7 @@ ROWS = [
     ("B.\nThe answer is C.", 4, "B", 1, 0, 1, "a line break instead of the space"),
     ("The answer is B\n.", 4, "B", 0, 0, 0, "a line break is no character of the pattern"),
 ]
-# Rows with a image are those of even number (the 1st, 3rd, ...): 13 of them. VILA: the 1st, 3rd, 5th, 15th, 19th,
+# Rows with an image are those of even number (the 1st, 3rd, ...): 13 of them. VILA: the 1st, 3rd, 5th, 15th, 19th,
 # 23rd, 25th. LLaVA: without the 5th and 25th. lmms-eval: the 1st, 3rd, 5th, 7th, 19th, 23rd, 25th.
 # Of the others VILA reads the 4th, 10th and 12th, LLaVA the 10th and 12th. One question more has no answer.
 
@@ -50,8 +50,8 @@ def asked(number: int, choices: int) -> str:
 
 def row_of(number: int) -> dict:
     text, choices = ROWS[number][:2]
-    picture = "" if number % 2 else "<image>\n"
-    return {"question_id": str(number), "prompt": f"{picture}{asked(number, choices)}\n{LETTER}", "text": text}
+    placeholder = "" if number % 2 else "<image>\n"
+    return {"question_id": str(number), "prompt": f"{placeholder}{asked(number, choices)}\n{LETTER}", "text": text}
 
 
 @pytest.fixture

@@ -188,19 +188,19 @@ def test_whole_prompts_and_items(folder):
 
 
 def test_the_published_size_scores_and_converts(tmp_path):
-    count, pictures = 19_242, 14_233
+    count, num_images = 19_242, 14_233
     questions = [
         {
-            "question_id": str(n) if n < pictures else f"v{n}",
+            "question_id": str(n) if n < num_images else f"v{n}",
             "answer": "ABCD"[n % 4],
-            "question_type_id": n % 9 + 1 if n < pictures else 10 + n % 3,
-            "data_type": "image" if n < pictures else "video",
+            "question_type_id": n % 9 + 1 if n < num_images else 10 + n % 3,
+            "data_type": "image" if n < num_images else "video",
         }
         for n in range(count)
     ]
     kinds = {f"kind {n}": n for n in range(1, 13)}
     plain(tmp_path / "SEED-Bench.json", {"question_type": kinds, "questions": questions})
-    rows = [Answer(n if n < pictures else f"v{n}", "A") for n in range(count)]
+    rows = [Answer(n if n < num_images else f"v{n}", "A") for n in range(count)]
     result = Seed(tmp_path).score(rows)
     assert result.score == pytest.approx(100 * 4811 / 19_242)  # every fourth, from 0
     assert result.notes == ()

@@ -38,7 +38,7 @@ def words(number: int) -> str:
     return f"What does sign {number} say?"
 
 
-def picture(number: int) -> str:
+def image_id(number: int) -> str:
     return f"{number:016x}"
 
 
@@ -56,11 +56,11 @@ def prompt(number: int) -> str:
 
 def annotation(number: int, counts: dict[str, int]) -> dict:
     said = [text for text, count in counts.items() for _ in range(count)]
-    return {"question_id": 34602 + number, "image_id": picture(number), "question": words(number), "answers": said}
+    return {"question_id": 34602 + number, "image_id": image_id(number), "question": words(number), "answers": said}
 
 
 def given() -> list[Answer]:
-    return [Answer(picture(n), row[0], prompt(n), f"a.jsonl line {n + 1}") for n, row in enumerate(ROWS)]
+    return [Answer(image_id(n), row[0], prompt(n), f"a.jsonl line {n + 1}") for n, row in enumerate(ROWS)]
 
 
 @pytest.fixture
@@ -117,12 +117,12 @@ def test_the_question_is_parsed_from_every_form_of_the_prompt(text, question):
 )
 def test_another_prompt_is_refused(folder, text):
     with refused(file="a.jsonl line 1", value=text):
-        TextVqa(folder).score([Answer(picture(0), "x", text, "a.jsonl line 1")])
+        TextVqa(folder).score([Answer(image_id(0), "x", text, "a.jsonl line 1")])
 
 
 def test_unknown_questions_are_refused_by_name(folder):
-    with refused("'who?'", picture(1), "TextVQA_0.5.1_val.json", file="line 9", field="textvqa"):
-        TextVqa(folder).score([*given(), Answer(picture(1), "x", f"Who?\n{SHORT}", "line 9")])
+    with refused("'who?'", image_id(1), "TextVQA_0.5.1_val.json", file="line 9", field="textvqa"):
+        TextVqa(folder).score([*given(), Answer(image_id(1), "x", f"Who?\n{SHORT}", "line 9")])
     with refused("77", field="textvqa"):
         TextVqa(folder).score([Answer(77, "x", f"{words(1)}\n{SHORT}")])
     with refused(field="textvqa"):
@@ -148,7 +148,7 @@ def test_annotations_that_lack_something_are_refused(tmp_path, change, record, f
 def test_the_last_of_two_annotations_of_one_question_counts(tmp_path):
     rows = [annotation(0, {"old": 10}), annotation(0, {"new": 10})]
     plain(tmp_path / "TextVQA_0.5.1_val.json", {"data": rows})
-    answers = [Answer(picture(0), "new", prompt(0)), Answer(picture(0), "old", prompt(0))]
+    answers = [Answer(image_id(0), "new", prompt(0)), Answer(image_id(0), "old", prompt(0))]
     result = TextVqa(tmp_path).score(answers)
     assert (result.score, result.notes) == (50, ())
 
@@ -156,18 +156,22 @@ def test_the_last_of_two_annotations_of_one_question_counts(tmp_path):
 def test_items_are_known_by_image_and_question(folder):
     asked = [(0, 0), (1, 1), (0, 2), (0, 0)]
     rows = [
-        {"question_id": picture(n), "image": f"{picture(n)}.jpg", "text": f"{words(q)}\nReference OCR token: \n{SHORT}"}
+        {
+            "question_id": image_id(n),
+            "image": f"{image_id(n)}.jpg",
+            "text": f"{words(q)}\nReference OCR token: \n{SHORT}",
+        }
         for n, q in asked
     ]
     jsonl(folder / "textvqa" / "llava_textvqa_val_v051_ocr.jsonl", rows)
     items = BENCHMARKS["textvqa"](folder, 0).items()
-    first = f"{picture(0)}/what does sign 0 say?"
-    assert [item.id for item in items[:3]] == [first, f"{picture(0)}/what does sign 2 say?", f"{first}#2"]
+    first = f"{image_id(0)}/what does sign 0 say?"
+    assert [item.id for item in items[:3]] == [first, f"{image_id(0)}/what does sign 2 say?", f"{first}#2"]
     assert whole_prompt(items[0]) == f"{VICUNA}{words(0)}\nReference OCR token: \n{SHORT} ASSISTANT:"
-    assert (items[0].question_id, items[0].truth, items[1].truth) == (picture(0), "nokia", "")
-    assert items[0].messages[0].parts[0].source == folder / "textvqa" / "train_images" / f"{picture(0)}.jpg"
-    assert [item.group for item in TextVqa(folder, 2).items()] == [picture(0)] * 3
-    some = TextVqa(folder, 2).score([Answer(picture(0), "nokia", items[0].prompt)])
+    assert (items[0].question_id, items[0].truth, items[1].truth) == (image_id(0), "nokia", "")
+    assert items[0].messages[0].parts[0].source == folder / "textvqa" / "train_images" / f"{image_id(0)}.jpg"
+    assert [item.group for item in TextVqa(folder, 2).items()] == [image_id(0)] * 3
+    some = TextVqa(folder, 2).score([Answer(image_id(0), "nokia", items[0].prompt)])
     assert (some.score, some.metrics["questions"]) == (100, 1)
 
 

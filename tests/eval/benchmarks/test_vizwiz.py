@@ -36,18 +36,18 @@ ROWS = [
 POINTS = 12.4  # 10 rows give 1, one 0.9, two 0.6, one 0.3, eight 0
 
 
-def picture(number: int, split: str = "val") -> str:
+def image_name(number: int, split: str = "val") -> str:
     return f"VizWiz_{split}_{number:08d}.jpg"
 
 
-TEXTS = {picture(number): row[0] for number, row in enumerate(ROWS)}
+TEXTS = {image_name(number): row[0] for number, row in enumerate(ROWS)}
 
 
 @pytest.fixture
 def folder(tmp_path):
     rows = [
         {
-            "image": picture(n),
+            "image": image_name(n),
             "question": f"What is {n}?",
             "answers": humans(row[1]),
             "answer_type": "other",
@@ -62,7 +62,7 @@ def folder(tmp_path):
 @pytest.fixture
 def asked(tmp_path):
     rows = [
-        {"question_id": n, "image": picture(n, "test"), "text": f"What Is {n}?\n{SUFFIX}", "category": "default"}
+        {"question_id": n, "image": image_name(n, "test"), "text": f"What Is {n}?\n{SUFFIX}", "category": "default"}
         for n in range(3)
     ]
     return jsonl(tmp_path / "asked" / "llava_test.jsonl", rows).parent
@@ -92,7 +92,7 @@ def test_lmms_eval_normalises_humans_too(folder):
 
 
 @pytest.mark.parametrize(
-    "named", [lambda n: picture(n), lambda n: picture(n)[:-4], lambda n: f"val/{picture(n)}", int, str]
+    "named", [lambda n: image_name(n), lambda n: image_name(n)[:-4], lambda n: f"val/{image_name(n)}", int, str]
 )
 def test_answers_name_their_image_or_have_its_number(folder, named):
     rows = [Answer(named(number), row[0], f"What is {number}?\n{SUFFIX}") for number, row in enumerate(ROWS)]
@@ -100,7 +100,9 @@ def test_answers_name_their_image_or_have_its_number(folder, named):
 
 
 def test_question_files_name_the_image_of_an_id(folder):
-    rows = [{"question_id": 100 + n, "image": picture(n), "text": f"What is {n}?\n{SUFFIX}"} for n in range(len(ROWS))]
+    rows = [
+        {"question_id": 100 + n, "image": image_name(n), "text": f"What is {n}?\n{SUFFIX}"} for n in range(len(ROWS))
+    ]
     jsonl(folder / "vizwiz" / "llava_test.jsonl", rows)
     given = [Answer(100 + number, row[0]) for number, row in enumerate(ROWS)]
     assert VizWiz(folder).score(given).score == pytest.approx(100 * POINTS / 22)
@@ -124,9 +126,9 @@ def test_missing_answers_are_refused_and_others_noted(folder):
     rows = answers(TEXTS)
     with refused("1 questions", "VizWiz_val_00000003.jpg", field="vizwiz"):
         VizWiz(folder).score([*rows[:3], *rows[4:]])
-    result = VizWiz(folder).score([*rows, Answer(picture(5), "unanswerable"), Answer(picture(50), "x")])
+    result = VizWiz(folder).score([*rows, Answer(image_name(5), "unanswerable"), Answer(image_name(50), "x")])
     assert result.score == pytest.approx(100 * (POINTS + 1) / 22)
-    assert [note.split(":")[1] for note in result.notes] == [f" {picture(5)}", f" {picture(50)}"]
+    assert [note.split(":")[1] for note in result.notes] == [f" {image_name(5)}", f" {image_name(50)}"]
 
 
 def test_the_upload_has_every_image_in_order(asked):
@@ -153,7 +155,7 @@ def test_the_whole_prompts_of_both_splits(folder, asked):
     assert item.messages[0].parts[0].source == asked / "test" / "VizWiz_test_00000000.jpg"
     item = VizWiz(folder, 1).items()[-1]
     assert whole_prompt(item) == f"{VICUNA}What is 0?\n{SUFFIX} ASSISTANT:"
-    assert (item.id, item.truth, item.category) == (picture(0), "unanswerable", "other")
+    assert (item.id, item.truth, item.category) == (image_name(0), "unanswerable", "other")
     assert VizWiz(folder, 1).score([Answer(item.id, "Unanswerable")]).score == 100
 
 

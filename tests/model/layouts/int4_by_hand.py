@@ -77,6 +77,6 @@ def awq(version: str = "gemm", **changes: Any) -> dict[str, Any]:
 def logits(folder: Path, **options: Any) -> Tensor:
     """Logits of an image and a question in float32."""
     model, processor = load_model(folder, dtype="float32", **options)
-    inputs = processor(text="<image>What?", images=[tiny.picture(0)], return_tensors="pt")
+    inputs = processor(text="<image>What?", images=[tiny.image(0)], return_tensors="pt")
     with torch.inference_mode():
         return model(**inputs).logits[..., :259]

@@ -53,7 +53,7 @@ def test_an_independent_reader_gives_the_same_weights(tmp_path, family, naming):
         plain.get_submodule(name).weight.data = torch.from_numpy(read_gemm(*parts, 32))
     loaded, processor = load_model(folder, dtype="float32")
     assert len(int4_weights(loaded)) == 14
-    inputs = processor(text="<image>What?", images=[tiny.picture(0)], return_tensors="pt")
+    inputs = processor(text="<image>What?", images=[tiny.image(0)], return_tensors="pt")
     # Rotary angles were not rounded to half precision in the file's model.
     fresh, _ = tiny.vila(family, tower=NAMINGS[naming], hidden_size=64, intermediate_size=128)
     fresh.load_state_dict(plain.state_dict())

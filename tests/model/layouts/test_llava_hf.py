@@ -20,13 +20,13 @@ from transformers import (
 
 from tests import tiny
 from tests.model.layouts.published import FIXTURES, LLM, TOKENIZER, TOWER, llava_v1
-from tests.model.layouts.test_published import PICTURES, picture
+from tests.model.layouts.test_published import IMAGES, image
 from vila.core.errors import LayoutError
 from vila.core.types import Message
 from vila.model.loading import load_model, save_model
 from vila.model.processor import VilaProcessor
 
-THIRD = picture(2, (56, 56))
+THIRD = image(2, (56, 56))
 
 
 def stock(folder, llm="llama", tower="clip", image_token=1150, **changes):
@@ -52,7 +52,7 @@ def test_a_directory_of_transformers_gives_its_logits(tmp_path, llm, tower):
     theirs = stock(tmp_path / "stock", llm, tower, **full)
     ours, processor = load_model(tmp_path / "stock")
     assert ours.config.image_token_id == 1150
-    for images in ([], [PICTURES[0]], [*PICTURES, THIRD]):
+    for images in ([], [IMAGES[0]], [*IMAGES, THIRD]):
         inputs = processor(text="Look: " + "<image>\n" * len(images) + "What?", images=images, return_tensors="pt")
         with torch.inference_mode():
             expected = theirs(**inputs).logits
@@ -112,9 +112,9 @@ def test_stock_transformers_loads_written_directories(tmp_path):
         loaded[name] = load_model(FIXTURES[name](tmp_path / name).folder, template="vicuna_v1", dtype="float32")
         save_model(*loaded[name], tmp_path / name / "hf", "llava-hf")
     files = []
-    for number, image in enumerate(PICTURES):
+    for number, photo in enumerate(IMAGES):
         files.append(tmp_path / f"{number}.png")
-        files[-1].write_bytes(image.source)
+        files[-1].write_bytes(photo.source)
     content = [
         {"type": "image", "path": str(files[0])},
         {"type": "text", "text": "\nWhat? "},
@@ -171,7 +171,7 @@ def test_the_placeholders_row_is_never_the_most_likely_token(tmp_path):
 
 
 def test_the_stock_processor_gives_the_same_pixels(tmp_path):
-    wide = picture(5, (120, 60))
+    wide = image(5, (120, 60))
     for name in ("v1-linear", "v1-square"):
         model, processor = load_model(FIXTURES[name](tmp_path / name).folder, template="vicuna_v1")
         save_model(model, processor, tmp_path / name / "hf", "llava-hf")
@@ -205,7 +205,7 @@ def test_a_larger_image_size_than_the_towers_is_kept(tmp_path):
     save_model(model, processor, tmp_path / "model", "llava-hf")
     again, its = load_model(tmp_path / "model")
     assert its.spec == spec
-    inputs = its(text="<image>What?", images=[tiny.picture(0, (56, 56))], return_tensors="pt")
-    expected = processor(text="<image>What?", images=[tiny.picture(0, (56, 56))], return_tensors="pt")
+    inputs = its(text="<image>What?", images=[tiny.image(0, (56, 56))], return_tensors="pt")
+    expected = processor(text="<image>What?", images=[tiny.image(0, (56, 56))], return_tensors="pt")
     assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
     assert torch.equal(again(**inputs).logits, model(**expected).logits)

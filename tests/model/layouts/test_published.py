@@ -18,7 +18,7 @@ from vila.model.loading import load_model, save_model
 PROMPT = "USER: <image>\nWhat? <image> Compare them. ASSISTANT:"
 
 
-def picture(seed, size):
+def image(seed, size):
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randint(0, 256, (*reversed(size), 3), generator=generator, dtype=torch.uint8)
     stream = io.BytesIO()
@@ -26,7 +26,7 @@ def picture(seed, size):
     return Image(stream.getvalue())
 
 
-PICTURES = [picture(0, (40, 30)), picture(1, (25, 60))]
+IMAGES = [image(0, (40, 30)), image(1, (25, 60))]
 
 
 def ids_for_reference(inputs, model, processor):
@@ -66,13 +66,13 @@ def plain_equivalent(name, written: Written, root):
 def test_logits_equal_those_of_stock_modules_and_depend_on_images(written):
     name, where, root = written
     model, processor = load_model(where.folder, dtype="float32", base=where.base)
-    inputs = processor(text=PROMPT, images=PICTURES, return_tensors="pt")
+    inputs = processor(text=PROMPT, images=IMAGES, return_tensors="pt")
     plain = plain_equivalent(name, where, root)
     expected = reference(plain, ids_for_reference(inputs, model, processor), inputs["pixel_values"])
     with torch.inference_mode():
         torch.testing.assert_close(model.vision_features(inputs["pixel_values"]), expected["vision"], rtol=0, atol=1e-4)
         logits = model(**inputs).logits[0]
-        swapped = model(**processor(text=PROMPT, images=PICTURES[::-1], return_tensors="pt")).logits[0]
+        swapped = model(**processor(text=PROMPT, images=IMAGES[::-1], return_tensors="pt")).logits[0]
     torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=2e-4)
     assert (logits - swapped)[-1].abs().max() > 1e-2
 
@@ -81,7 +81,7 @@ def test_a_conversion_keeps_every_bit(written, tmp_path):
     name, where, _ = written
     model, processor = load_model(where.folder, base=where.base, template="vicuna_v1")
     state = model.state_dict()
-    ids = processor(text=PROMPT, images=PICTURES)["input_ids"]
+    ids = processor(text=PROMPT, images=IMAGES)["input_ids"]
     assert ids[0, 0] == 1  # a directory with only tokenizer.model still begins with BOS
     layout = "vila-v15" if name.startswith("v15") else "llava-v1"
     for step, kind in enumerate(("native", layout, "native")):
@@ -92,7 +92,7 @@ def test_a_conversion_keeps_every_bit(written, tmp_path):
         assert again.keys() == state.keys()
         assert all(torch.equal(again[key], state[key]) for key in state)
         assert processor.template == "vicuna_v1"
-        assert torch.equal(processor(text=PROMPT, images=PICTURES)["input_ids"], ids)
+        assert torch.equal(processor(text=PROMPT, images=IMAGES)["input_ids"], ids)
     assert load_model(where.folder, base=where.base)[1].spec == processor.spec
 
 
