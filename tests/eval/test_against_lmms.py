@@ -45,13 +45,13 @@ def test_textvqa(tmp_path, rng, messy):
         question, image = f"What is written on sign {number}?", f"im{number // 2}"
         rows.append({"question_id": number, "question": question, "image_id": image, "answers": humans})
         asked.append({"question_id": image, "image": f"{image}.jpg", "text": question + suffix})
-        said = rng.choice([*humans, "other"])
-        said = (
-            rng.choice([said.upper(), f"the {said}.", f"{said}, {said}", f"\n{said}\t", f"{said}!", ""])
+        given = rng.choice([*humans, "other"])
+        given = (
+            rng.choice([given.upper(), f"the {given}.", f"{given}, {given}", f"\n{given}\t", f"{given}!", ""])
             if messy
-            else said
+            else given
         )
-        answers.append(Answer(image, said, question + suffix))
+        answers.append(Answer(image, given, question + suffix))
     write(tmp_path / "textvqa" / "llava_textvqa_val_v051_ocr.jsonl", asked)
     write(tmp_path / "textvqa" / "TextVQA_0.5.1_val.json", {"data": rows}, lines=False)
     process = theirs("textvqa").textvqa_process_results
@@ -74,10 +74,10 @@ def test_pope(tmp_path, rng, messy):
             labels.append({"question_id": number + 1, "image": image, "text": text, "label": label})
             prompt = f"{text}\nAnswer the question using a single word or phrase."
             asked.append({"question_id": first + number, "image": image, "text": prompt, "category": category})
-            said = rng.choice(
+            answer = rng.choice(
                 [label, label, label, *YES_NO, *(["maybe", "Yes.", " NO \n", "", "not"] if messy else [])]
             )
-            answers.append(Answer(first + number, said, prompt))
+            answers.append(Answer(first + number, answer, prompt))
             docs.append({"question_id": str(first + number), "answer": label})
         write(tmp_path / "pope" / "coco" / f"coco_pope_{category}.json", labels)
     write(tmp_path / "pope" / "llava_pope_test.jsonl", asked)
@@ -133,16 +133,16 @@ def test_scienceqa(tmp_path, rng, messy):
         asked.append({**row, "image": f"{number}/image.png"} if seen else row)
         letter = rng.choice(["ABCDE"[truth], rng.choice("ABCDE")])
         mess = [f" {letter}", letter.lower(), f"{letter}.", f"({letter})", f"{letter} and B", "", "The answer is A."]
-        said = rng.choice([letter, f"{letter}. choice", *(mess if messy else [])])
+        answer = rng.choice([letter, f"{letter}. choice", *(mess if messy else [])])
         prompt = f"{text}\nAnswer with the option's letter from the given choices directly."
-        answers.append(Answer(str(number), said, prompt))
+        answers.append(Answer(str(number), answer, prompt))
         if seen:
-            docs.append(({"choices": choices, "answer": truth}, said))
+            docs.append(({"choices": choices, "answer": truth}, answer))
     write(tmp_path / "scienceqa" / "problems.json", problems, lines=False)
     write(tmp_path / "scienceqa" / "pid_splits.json", {"test": list(problems)}, lines=False)
     write(tmp_path / "scienceqa" / "llava_test_CQM-A.json", asked, lines=False)
     process = theirs("scienceqa").sqa_process_results
-    wanted = 100 * statistics.mean(process(doc, [said])["exact_match"] for doc, said in docs)
+    wanted = 100 * statistics.mean(process(doc, [answer])["exact_match"] for doc, answer in docs)
     for result in scores("scienceqa", tmp_path, answers, ("lmms-eval",) if messy else ("upstream", "lmms-eval")):
         assert result.score == pytest.approx(wanted)
     assert 20 < wanted < 90
@@ -162,10 +162,10 @@ def test_seed(tmp_path, rng, messy, monkeypatch):
         choices = {f"choice_{letter.lower()}": f"{letter} {number}" for letter in LETTERS}
         questions.append({**row, **choices, "data_type": "video" if clip else "image", "data_id": f"d{number // 3}"})
         asked.append({"question_id": name if clip else number, "image": f"{name}.png", "text": f"What is {number}?"})
-        said = rng.choice([truth, rng.choice(LETTERS)])
-        mess = [said.lower(), f"{said}. text", f" {said}", f"{said} and B", "", "no", f"({said})"]
+        answer = rng.choice([truth, rng.choice(LETTERS)])
+        mess = [answer.lower(), f"{answer}. text", f" {answer}", f"{answer} and B", "", "no", f"({answer})"]
         answers.append(
-            Answer(name if clip else number, rng.choice([said, *(mess if messy else [])]), f"What is {number}?")
+            Answer(name if clip else number, rng.choice([answer, *(mess if messy else [])]), f"What is {number}?")
         )
     write(tmp_path / "seed_bench" / "SEED-Bench.json", {"question_type": kinds, "questions": questions}, lines=False)
     write(tmp_path / "seed_bench" / "llava-seed-bench.jsonl", asked)

@@ -79,15 +79,15 @@ def test_a_missing_answer_is_named(opened, name, tmp_path):
     gone = rows.pop(1)
     path = written(tmp_path / "a.jsonl", rows)
     if name in ALL_WANTED:
-        with pytest.raises(DataError) as told:
+        with pytest.raises(DataError) as caught:
             judged(benchmark, path)
-        said = str(told.value)
+        text = str(caught.value)
     else:
-        said = judged(benchmark, path)[1]
+        text = judged(benchmark, path)[1]
     if name == "vqav2":  # the server's list is longer than the questions of the run
-        assert "4 left empty" in said and "1 without an answer (1001)" in said
+        assert "4 left empty" in text and "1 without an answer (1001)" in text
     else:
-        assert called(gone) in said
+        assert called(gone) in text
 
 
 @pytest.mark.parametrize("name", TEN)
@@ -96,10 +96,10 @@ def test_a_second_answer_is_named_and_never_joins_the_first_in_silence(opened, n
     again = {**rows[0], "text": "a second answer"}
     path = written(tmp_path / "a.jsonl", [*rows, again])
     try:
-        said = judged(benchmark, path)[1]
+        text = judged(benchmark, path)[1]
     except DataError as error:
-        said = str(error)
-    assert called(again) in said
+        text = str(error)
+    assert called(again) in text
 
 
 @pytest.mark.parametrize("name", TEN)
@@ -108,10 +108,10 @@ def test_an_answer_to_a_question_that_there_is_not_is_named(opened, name, tmp_pa
     other = "art/9999.jpg" if name == "mme" else 424242 if isinstance(rows[0]["question_id"], int) else "424242"
     path = written(tmp_path / "a.jsonl", [*rows, {**rows[0], "question_id": other, "id": ""}])
     try:
-        said = judged(benchmark, path)[1]
+        text = judged(benchmark, path)[1]
     except DataError as error:
-        said = str(error)
-    assert str(other) in said
+        text = str(error)
+    assert str(other) in text
 
 
 @pytest.mark.parametrize("name", SCORED)

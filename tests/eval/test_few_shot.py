@@ -57,7 +57,10 @@ def pool(folder):
 def examples(item):
     """(image, question, answer) of each example, and the question that is asked."""
     *before, last = item.messages
-    shots = [(user.parts[0].source, user.text, said.text) for user, said in zip(before[::2], before[1::2], strict=True)]
+    shots = [
+        (user.parts[0].source, user.text, assistant.text)
+        for user, assistant in zip(before[::2], before[1::2], strict=True)
+    ]
     assert [message.role for message in before] == ["user", "assistant"] * len(shots)
     return shots, last
 

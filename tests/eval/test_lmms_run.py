@@ -69,7 +69,7 @@ def test_lmms_eval_answers_equal_the_engines(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     (samples,) = (tmp_path / "out").rglob("*samples_local_shapes.jsonl")
     (results,) = (tmp_path / "out").rglob("*_results.json")
-    said = {row["doc_id"]: row["filtered_resps"] for row in map(json.loads, samples.read_text().splitlines())}
+    answers = {row["doc_id"]: row["filtered_resps"] for row in map(json.loads, samples.read_text().splitlines())}
     assert len(set(wanted)) > 1  # the images matter
-    assert [said[number] for number in range(5)] == wanted
+    assert [answers[number] for number in range(5)] == wanted
     assert json.loads(results.read_text())["results"]["local_shapes"]["exact,none"] == pytest.approx(3 / 5)

@@ -250,8 +250,8 @@ def test_few_shot_curves_start_at_zero_shot(data, tmp_path):
     write_json(tmp_path / "eval.json", {"model": "m", "data": str(data), "benchmarks": names})
     html = write_report(tmp_path, {variant.name: variant for variant in variants})[0].read_text()
     section = html[html.index('id="few-shot-gqa"') :]
-    told = re.search(r"<desc>(.*?)</desc>", section)[1]
-    assert re.sub(r" \(.*?\)", "", told) == (
+    description = re.search(r"<desc>(.*?)</desc>", section)[1]
+    assert re.sub(r" \(.*?\)", "", description) == (
         "examples with correct answers: 0 at 0, 66.67 at 1; examples with wrong answers: 0 at 0, 33.33 at 1"
     )
     markdown = (tmp_path / "report.md").read_text()

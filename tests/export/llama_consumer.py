@@ -32,12 +32,12 @@ def greedy(llm: Llama, ids: list[int], count: int) -> list[int]:
 
 
 def go_on(llm: Llama, count: int) -> list[int]:
-    said: list[int] = []
+    greedy: list[int] = []
     for _ in range(count):
         logits = np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), shape=(llm.n_vocab(),))
-        said.append(int(logits.argmax()))
-        llm.eval(said[-1:])
-    return said
+        greedy.append(int(logits.argmax()))
+        llm.eval(greedy[-1:])
+    return greedy
 
 
 def forced(llm: Llama, ids: list[int]) -> list[int]:
@@ -66,7 +66,7 @@ def image(llm: Llama, mmproj: str, asked: dict) -> dict:
     assert done == 0
     llm.n_tokens = past.value
     llm.eval(asked["after"])
-    return {"tokens": tokens, "vectors": vectors, "said": go_on(llm, asked["count"])}
+    return {"tokens": tokens, "vectors": vectors, "greedy": go_on(llm, asked["count"])}
 
 
 def image_chunk(seeing: object, side: int, rgb: bytes) -> tuple[object, list]:

@@ -113,7 +113,7 @@ def look(tmp_path, tower, projector="mlp2x_gelu", select_layer=-2):
     ids = [5, 6, *[model.config.image_token_id] * seen["tokens"], 40, 41]
     with torch.no_grad():
         ours = model.project(model.vision_features(pixels))[0].numpy()
-    return ours, np.array(seen["vectors"]), greedy(model, ids, 4, pixel_values=pixels), seen["said"]
+    return ours, np.array(seen["vectors"]), greedy(model, ids, 4, pixel_values=pixels), seen["greedy"]
 
 
 def cosine(a, b):

@@ -135,8 +135,8 @@ def image_sequences(model, processor):
     from vila.core.types import Message
     from vila.quant.calibration import sample_calibration
 
-    told = [Message.of("user", tiny.image(1), "what is it?"), Message.of("assistant", "noise")]
-    return sample_calibration([told], processor, name="images")
+    conversation = [Message.of("user", tiny.image(1), "what is it?"), Message.of("assistant", "noise")]
+    return sample_calibration([conversation], processor, name="images")
 
 
 def test_images_pass_through_the_whole_model():
@@ -179,7 +179,7 @@ def test_a_search_that_stopped_resumes_to_the_same_bytes(tmp_path):
         def advanced(self, task, amount=1, **facts):
             raise KeyboardInterrupt
 
-        started = said = finished = lambda self, *args, **kwargs: None
+        started = log = finished = lambda self, *args, **kwargs: None
 
     target, kept = tmp_path / "again.safetensors", tmp_path / "blocks"
     with pytest.raises(KeyboardInterrupt):

@@ -109,15 +109,15 @@ class Process:
         command = [str(preloaded.program()), "serve", *map(str, arguments), "--port", "0"]
         settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         self.popen = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=settings)
-        self.said: list[str] = []
+        self.log_lines: list[str] = []
         assert self.popen.stderr is not None
         first = self.popen.stderr.readline()
         self.url = first.split()[0] if "will serve" in first else ""
-        self.said.append(first)
+        self.log_lines.append(first)
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
-        self.said.extend(self.popen.stderr)
+        self.log_lines.extend(self.popen.stderr)
 
     @property
     def root(self) -> str:
@@ -129,9 +129,9 @@ class Process:
         for _ in range(600):
             if httpx2.get(f"{self.root}/ready", **options).status_code == 200:
                 return
-            assert self.popen.poll() is None, self.said
+            assert self.popen.poll() is None, self.log_lines
             time.sleep(0.1)
-        raise AssertionError(self.said)
+        raise AssertionError(self.log_lines)
 
     def stop(self) -> int:
         """Its exit status after SIGTERM."""

@@ -30,10 +30,10 @@ def test_token_text_depends_on_the_previous_token():
     words = {1: " a", 2: " cat", 3: "\N{REPLACEMENT CHARACTER}"}
     reports = LogprobFormatter(lambda ids: "".join(words[id_] for id_ in ids).removeprefix(" "), top=1)
     steps = [TokenLogprob(id_, -0.5, ((2, -0.5), (1, -1.0))) for id_ in (1, 2, 3)]
-    told = reports.push(steps[:1]) + reports.push(steps[1:])
-    assert [token["token"] for token in told] == ["a", " cat", "\N{REPLACEMENT CHARACTER}"]
-    assert [token["bytes"] for token in told] == [[97], list(b" cat"), None]
-    assert [[top["token"] for top in token["top_logprobs"]] for token in told] == [["cat"], [" cat"], [" cat"]]
+    reported = reports.push(steps[:1]) + reports.push(steps[1:])
+    assert [token["token"] for token in reported] == ["a", " cat", "\N{REPLACEMENT CHARACTER}"]
+    assert [token["bytes"] for token in reported] == [[97], list(b" cat"), None]
+    assert [[top["token"] for top in token["top_logprobs"]] for token in reported] == [["cat"], [" cat"], [" cat"]]
 
 
 def request(**changes):

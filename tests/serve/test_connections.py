@@ -26,14 +26,14 @@ def connect(port):
 
 
 def ended(connection):
-    """What a server still said before it closed the connection."""
-    said = b""
+    """Bytes that the server sends before it closes the connection."""
+    received = b""
     try:
         while piece := connection.recv(65536):
-            said += piece
+            received += piece
     except ConnectionResetError:
         pass
-    return said
+    return received
 
 
 def head(length, *more):
@@ -61,9 +61,9 @@ def test_slow_headers_do_not_extend_the_timeout(app):
 def test_the_header_timeout_applies_to_further_requests(app):
     with on_a_port(app, head_s=0.2) as port, connect(port) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-        said = b""
-        while not said.endswith(b"}"):
-            said += connection.recv(65536)
+        received = b""
+        while not received.endswith(b"}"):
+            received += connection.recv(65536)
         connection.sendall(b"GET /hea")
         assert ended(connection) == b""
 
@@ -72,8 +72,8 @@ def test_a_missing_body_times_out_with_408(service):
     app = create_app(service, body_s=0.2)
     with on_a_port(app) as port, connect(port) as connection:
         connection.sendall(head(1000) + b'{"model": ')
-        said = ended(connection)
-    assert said.startswith(b"HTTP/1.1 408 ")
+        received = ended(connection)
+    assert received.startswith(b"HTTP/1.1 408 ")
 
 
 def test_a_client_that_does_not_read_is_disconnected(service):

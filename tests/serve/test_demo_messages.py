@@ -37,7 +37,7 @@ def image(tmp_path: Path) -> str:
     return str(tmp_path / "a.png")
 
 
-def said(text, role="user"):
+def message(text, role="user"):
     return {"role": role, "content": text}
 
 
@@ -74,48 +74,51 @@ def test_images_and_videos_precede_the_text(image, tmp_path):
 
 
 def test_consecutive_user_turns_are_merged(image):
-    messages = conversation([file_of(image), file_of(image), said("two of what?")])
-    assert [message["role"] for message in messages] == ["user"]
+    messages = conversation([file_of(image), file_of(image), message("two of what?")])
+    assert [one["role"] for one in messages] == ["user"]
     assert [part["type"] for part in messages[0]["content"]] == ["image_url", "image_url", "text"]
 
 
 def test_earlier_turns_keep_images_and_notices_are_not_sent(image):
     notice = {"role": "assistant", "content": "too large", "metadata": {"title": "The server refused"}}
-    chat = [file_of(image), said("one?"), said("a dot", "assistant"), said("two?"), notice, said("and now?")]
+    before = [file_of(image), message("one?"), message("a dot", "assistant"), message("two?")]
+    chat = [*before, notice, message("and now?")]
     messages = conversation(chat, system="Be brief.")
-    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
+    assert [one["role"] for one in messages] == ["system", "user", "assistant", "user"]
     assert messages[1]["content"][0]["type"] == "image_url"
     # The question that was refused is not sent again.
     assert messages[3]["content"] == [{"type": "text", "text": "and now?"}]
 
 
 def test_an_empty_answer_is_shown_and_its_question_dropped(image):
-    chat = with_answer([file_of(image), said("a?")], StreamState(done=True, tokens=0))
+    chat = with_answer([file_of(image), message("a?")], StreamState(done=True, tokens=0))
     assert chat[-1]["metadata"]["title"]
-    assert with_answer([said("a?")], StreamState()) == [said("a?")]
-    messages = conversation([*chat, said("b?")])
+    assert with_answer([message("a?")], StreamState()) == [message("a?")]
+    messages = conversation([*chat, message("b?")])
     assert messages == [{"role": "user", "content": [{"type": "text", "text": "b?"}]}]
 
 
 def test_unpaired_surrogates_are_replaced(image):
     half = "a\ud83d"
     messages = conversation(
-        [said(half), said(half, "assistant"), said(half)], [FewShotExample("", half, half)], system=half
+        [message(half), message(half, "assistant"), message(half)],
+        [FewShotExample("", half, half)],
+        system=half,
     )
     json.dumps(messages, ensure_ascii=False).encode()
     assert messages[0]["content"] == "a\ufffd"
-    assert conversation([said("\ud83d\ude00")])[0]["content"][0]["text"] == "\U0001f600"
+    assert conversation([message("\ud83d\ude00")])[0]["content"][0]["text"] == "\U0001f600"
 
 
 def test_a_notice_without_metadata_of_the_page_is_an_answer():
     plain = {"role": "assistant", "content": "yes", "metadata": None}
-    assert conversation([said("a?"), plain, said("b?")])[1] == {"role": "assistant", "content": "yes"}
+    assert conversation([message("a?"), plain, message("b?")])[1] == {"role": "assistant", "content": "yes"}
 
 
 def test_few_shot_examples_are_earlier_turns(image):
     shots = [FewShotExample(image, "red"), FewShotExample("", "no", "is it round?")]
-    messages = conversation([said("what color?")], shots)
-    assert [message["role"] for message in messages] == ["user", "assistant", "user", "assistant", "user"]
+    messages = conversation([message("what color?")], shots)
+    assert [one["role"] for one in messages] == ["user", "assistant", "user", "assistant", "user"]
     assert messages[0]["content"][-1]["text"] == "what color?"
     assert messages[2]["content"] == [{"type": "text", "text": "is it round?"}]
     assert messages[3]["content"] == "no"
@@ -135,14 +138,14 @@ def test_only_effective_settings_are_sent():
 
 
 def test_errors_are_shown_and_never_sent():
-    shown = with_answer([said("a?")], StreamState("half", problem="queue full", done=True))
+    shown = with_answer([message("a?")], StreamState("half", problem="queue full", done=True))
     assert [turn["content"] for turn in shown] == ["a?", "half", "queue full"]
-    assert [message["role"] for message in conversation([*shown, said("b?")])] == ["user", "assistant", "user"]
+    assert [one["role"] for one in conversation([*shown, message("b?")])] == ["user", "assistant", "user"]
 
 
 def test_speed_counts_the_tokens_after_the_first():
-    told = StreamState("x", tokens=11, first=0.5, last=2.5, done=True)
-    assert told.speed() == "first token 0.50 s · 5.0 tokens/s · 11 tokens"
+    state = StreamState("x", tokens=11, first=0.5, last=2.5, done=True)
+    assert state.speed() == "first token 0.50 s · 5.0 tokens/s · 11 tokens"
     assert StreamState().speed() == ""
 
 
@@ -166,8 +169,14 @@ def test_two_answers_are_streamed_concurrently_and_fail_independently():
 
 
 def test_undo_returns_the_question_with_its_images(image):
-    one = [said("first?"), said("1", "assistant"), file_of(image), said("second?"), said("2", "assistant")]
-    two = [file_of(image), said("second?"), said("zwei", "assistant")]
+    one = [
+        message("first?"),
+        message("1", "assistant"),
+        file_of(image),
+        message("second?"),
+        message("2", "assistant"),
+    ]
+    two = [file_of(image), message("second?"), message("zwei", "assistant")]
     question, one, two = undo_question(one, two)
     assert question == {"text": "second?", "files": [image]}
     assert [turn["content"] for turn in one] == ["first?", "1"]

@@ -38,18 +38,18 @@ def asks(port, key="mine", **changes):
     )
 
 
-def opened(stack, port, count, said, source=None):
-    """Connections that say something and stay open."""
+def opened(stack, port, count, sent, source=None):
+    """Connections that send bytes and stay open."""
     out = []
     for _ in range(count):
         address = (source, 0) if source else None
         out.append(stack.enter_context(socket.create_connection(("127.0.0.1", port), source_address=address)))
-        out[-1].sendall(said)
+        out[-1].sendall(sent)
     return out
 
 
 @pytest.mark.parametrize(
-    "said",
+    "sent",
     [
         b"",
         b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n",
@@ -63,9 +63,9 @@ def opened(stack, port, count, said, source=None):
     ],
     ids=["silent", "health", "chunked", "options", "unknown", "models", "no key", "wrong key", "another key"],
 )
-def test_unfinished_bodies_do_not_block_other_clients(service, said):
+def test_unfinished_bodies_do_not_block_other_clients(service, sent):
     with on_a_port(create_app(service, keys=KEYS)) as port, ExitStack() as stack:
-        opened(stack, port, SOCKETS, said)
+        opened(stack, port, SOCKETS, sent)
         assert asks(port).status_code == 200
 
 
@@ -163,10 +163,10 @@ def test_bodies_in_tiny_chunks_are_disconnected(service):
     with on_a_port(create_app(service)) as port, connect(port) as connection:
         try:
             connection.sendall(start + pieces + b"0\r\n\r\n")
-            said = ended(connection)
+            received = ended(connection)
         except OSError:
-            said = b""
-        assert said == b""
+            received = b""
+        assert received == b""
         # Pieces as clients send them are fine.
         large = b"".join(
             b"%x\r\n%s\r\n" % (len(asked[i : i + 500]), asked[i : i + 500]) for i in range(0, len(asked), 500)

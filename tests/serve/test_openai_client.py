@@ -36,7 +36,7 @@ def ask(client):
     return call
 
 
-def said(answer):
+def text_of(answer):
     return answer.choices[0].message.content
 
 
@@ -46,7 +46,7 @@ def user(*parts):
 
 def test_text_has_an_answer_with_its_reason_usage_and_name(ask, engine):
     answer = ask()
-    assert said(answer) == engine.generate(HELLO, max_new_tokens=8)
+    assert text_of(answer) == engine.generate(HELLO, max_new_tokens=8)
     assert answer.id.startswith("chatcmpl-")
     assert abs(answer.created - time.time()) < 60
     assert (answer.model, answer.object, answer.choices[0].finish_reason) == ("tiny", "chat.completion", "length")
@@ -58,7 +58,7 @@ def test_text_has_an_answer_with_its_reason_usage_and_name(ask, engine):
 def test_pieces_of_a_stream_are_the_answer_and_its_usage(ask):
     events = list(ask(stream=True, stream_options={"include_usage": True}))
     pieces = [event.choices[0].delta.content or "" for event in events if event.choices]
-    assert "".join(pieces) == said(ask())
+    assert "".join(pieces) == text_of(ask())
     assert len([piece for piece in pieces if piece]) > 1
     assert events[0].choices[0].delta.role == "assistant"
     assert [event.choices[0].finish_reason for event in events if event.choices][-1] == "length"
@@ -79,10 +79,10 @@ def test_the_asynchronous_client_asks_several_at_once(server, ask):
             asked = [client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=8) for _ in range(6)]
             stream = await client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=8, stream=True)
             pieces = [event.choices[0].delta.content or "" async for event in stream]
-            return [said(answer) for answer in await asyncio.gather(*asked)], "".join(pieces)
+            return [text_of(answer) for answer in await asyncio.gather(*asked)], "".join(pieces)
 
     answers, streamed = asyncio.run(many())
-    assert set(answers) == {said(ask())} == {streamed}
+    assert set(answers) == {text_of(ask())} == {streamed}
 
 
 def test_images_from_data_urls_and_http_in_order(ask, engine):
@@ -95,8 +95,8 @@ def test_images_from_data_urls_and_http_in_order(ask, engine):
             image_part(f"{web}/b.png"),
             text_part("differ how?"),
         )
-        assert said(ask(user(*parts))) == engine.generate(wanted, max_new_tokens=8)
-        other = said(ask(user(parts[2], parts[1], parts[0], parts[3])))
+        assert text_of(ask(user(*parts))) == engine.generate(wanted, max_new_tokens=8)
+        other = text_of(ask(user(parts[2], parts[1], parts[0], parts[3])))
     assert other != engine.generate(wanted, max_new_tokens=8)
 
 
@@ -108,7 +108,7 @@ def test_a_video_equals_its_frames(ask, engine, tmp_path):
         answer = ask(user(part, text_part("what happens?")))
     clip = {"type": "video", "path": str(tmp_path / "clip.gif"), "num_frames": 2}
     with_frames = parse_messages(user(clip, text_part("what happens?")))
-    assert said(answer) == engine.generate(with_frames, max_new_tokens=8)
+    assert text_of(answer) == engine.generate(with_frames, max_new_tokens=8)
     assert answer.usage.prompt_tokens == len(engine.processor.prompt(with_frames).ids)
 
 
@@ -126,9 +126,9 @@ def test_system_text_and_earlier_turns_with_images_are_read(ask, engine):
         Message.of("user", tiny.image(2), "colour?"),
     ]
     answer = ask(turns)
-    assert said(answer) == engine.generate(wanted, max_new_tokens=8)
+    assert text_of(answer) == engine.generate(wanted, max_new_tokens=8)
     assert answer.usage.prompt_tokens == len(engine.processor.prompt(wanted).ids)
-    assert said(ask([{"role": "developer", "content": "be brief"}, *turns[1:]])) == said(answer)
+    assert text_of(ask([{"role": "developer", "content": "be brief"}, *turns[1:]])) == text_of(answer)
 
 
 def test_an_answer_can_be_sent_back_as_the_client_got_it(ask):
@@ -140,10 +140,10 @@ def test_an_answer_can_be_sent_back_as_the_client_got_it(ask):
 def test_sampling_is_that_of_the_engine(ask, engine):
     settings = {"temperature": 1.3, "top_p": 0.9, "seed": 11}
     extra = {"top_k": 20, "min_p": 0.01, "repetition_penalty": 1.2}
-    answer = said(ask(**settings, extra_body=extra))
+    answer = text_of(ask(**settings, extra_body=extra))
     assert answer == engine.generate(HELLO, max_new_tokens=8, **settings, **extra)
-    assert said(ask(**settings, extra_body=extra)) == answer
-    assert len({said(ask(temperature=1.5)) for _ in range(4)}) > 1
+    assert text_of(ask(**settings, extra_body=extra)) == answer
+    assert len({text_of(ask(temperature=1.5)) for _ in range(4)}) > 1
 
 
 def test_several_answers_differ_and_the_first_is_that_of_the_seed(ask):
@@ -151,7 +151,7 @@ def test_several_answers_differ_and_the_first_is_that_of_the_seed(ask):
     texts = [choice.message.content for choice in answer.choices]
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert len(set(texts)) == 3
-    assert texts[0] == said(ask(temperature=1.5, seed=3))
+    assert texts[0] == text_of(ask(temperature=1.5, seed=3))
     assert answer.usage.completion_tokens == 24
     streamed = ["", "", ""]
     for event in ask(n=3, temperature=1.5, seed=3, stream=True):
@@ -160,18 +160,18 @@ def test_several_answers_differ_and_the_first_is_that_of_the_seed(ask):
 
 
 def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(ask):
-    whole = said(ask())
+    whole = text_of(ask())
     middle = whole[3:5]
     for stop in (middle, [middle, "\x00"]):
         answer = ask(stop=stop)
-        assert said(answer) == whole[: whole.index(middle)].rstrip()
+        assert text_of(answer) == whole[: whole.index(middle)].rstrip()
         assert answer.choices[0].finish_reason == "stop"
 
 
 def test_log_probabilities_name_tokens_and_the_likeliest(ask):
     answer = ask(logprobs=True, top_logprobs=3)
     content = answer.choices[0].logprobs.content
-    assert "".join(token.token for token in content).strip() == said(answer)
+    assert "".join(token.token for token in content).strip() == text_of(answer)
     assert len(content) == 8
     for token in content:
         assert bytes(token.bytes).decode() == token.token
@@ -217,7 +217,7 @@ def test_errors_are_the_clients_own_classes_and_name_the_parameter(ask, client):
     assert "max_new_tokens" not in str(long.value)
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-4o")
-    assert said(ask(frequency_penalty=0, user="u", response_format={"type": "text"}, tools=[]))
+    assert text_of(ask(frequency_penalty=0, user="u", response_format={"type": "text"}, tools=[]))
 
 
 def test_disconnecting_while_streaming_frees_the_slot(ask, server):
@@ -252,17 +252,17 @@ def test_the_log_has_the_request_id_and_no_prompt(server):
     other = httpx2.get(f"{server.url}/models", headers={"X-Request-Id": "bad id\t!"})
     assert len(other.headers["x-request-id"]) == 16
     for _ in range(50):
-        if any("mine-77" in line for line in server.said):
+        if any("mine-77" in line for line in server.log_lines):
             break
         time.sleep(0.05)
-    assert any("mine-77 POST /v1/chat/completions 200" in line for line in server.said)
-    assert not any("secret" in line for line in server.said)
+    assert any("mine-77 POST /v1/chat/completions 200" in line for line in server.log_lines)
+    assert not any("secret" in line for line in server.log_lines)
 
 
 def test_the_same_words_over_http_on_the_command_line_and_in_python(ask, engine, model_folder, capsys, tmp_path):
     (tmp_path / "p.png").write_bytes(tiny.image(5).source)
     wanted = [Message.of("user", Image(tmp_path / "p.png"), "what shape is it?")]
-    over_http = said(ask(user(image_part(data_url(5)), text_part("what shape is it?")), max_tokens=24))
+    over_http = text_of(ask(user(image_part(data_url(5)), text_part("what shape is it?")), max_tokens=24))
     with pytest.raises(SystemExit):
         main([
             "run", str(model_folder), "-i", str(tmp_path / "p.png"), "-p", "what shape is it?", "--dtype", "float32",

@@ -67,7 +67,7 @@ def test_sigterm_in_mid_stream_lets_the_answer_end_and_refuses_new_ones(model_fo
             events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
         assert events[-1]["choices"][0]["finish_reason"] == "length"
         assert server.popen.wait(20) == 0
-        assert "Traceback" not in "".join(server.said)
+        assert "Traceback" not in "".join(server.log_lines)
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ def empty_stamp(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "told"),
+    ("damage", "reason"),
     [
         (shorten, "deep/data.txt is damaged"),
         (alter, "deep/data.txt is damaged"),
@@ -110,13 +110,13 @@ def empty_stamp(folder: Path) -> None:
     ],
 )
 def test_a_damaged_component_is_logged_and_converted_again(
-    kitchen: Kitchen, harm: Callable[[Path], None], told: str
+    kitchen: Kitchen, damage: Callable[[Path], None], reason: str
 ) -> None:
     folder = kitchen.obtain()
-    harm(folder)
+    damage(folder)
     listener = Listener()
     assert kitchen.obtain(listener) == folder
-    assert listener.lines == [f"{folder}: {told}; converting it again"]
+    assert listener.lines == [f"{folder}: {reason}; converting it again"]
     assert (folder / "deep" / "data.txt").read_text() == "seven"
     assert kitchen.builds == 2
     assert names_in(kitchen.cache / "parts") == ["tiny"]

@@ -162,7 +162,7 @@ def test_a_question_of_unknown_kind_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "truth"),
+    ("questions", "truth"),
     [
         ([], (None, None)),
         ([("what shape is present?", "circle")], ("circle", None)),
@@ -180,9 +180,9 @@ def test_a_question_of_unknown_kind_is_refused(text: str) -> None:
     ],
 )
 def test_labels_of_an_image_follow_from_its_questions(
-    told: list[tuple[str, str]], truth: tuple[str | None, str | None]
+    questions: list[tuple[str, str]], truth: tuple[str | None, str | None]
 ) -> None:
-    assert image_labels(Question(text, answer, 3) for text, answer in told) == truth
+    assert image_labels(Question(text, answer, 3) for text, answer in questions) == truth
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def make_wheel(folder: Path, members: dict[str, str | bytes], name: str = "tiny-
 
 
 class Listener:
-    """Events that remember what was said and done."""
+    """Events that record log lines and tasks."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []

@@ -106,10 +106,10 @@ def test_base_models_are_followed_through_the_stages_before(tmp_path):
 
 
 def test_copies_on_disk_are_known_by_their_readme_or_their_name(tmp_path):
-    named, told = tmp_path / "vicuna-7b-v1.5", tmp_path / "tower"
-    named.mkdir(), told.mkdir()
-    (told / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# A tower\n")
-    llm, vision = base_models(load_recipe("vila_7b/1_align", [f"model.llm={named}", f"model.vision={told}"]))
+    named, tower = tmp_path / "vicuna-7b-v1.5", tmp_path / "tower"
+    named.mkdir(), tower.mkdir()
+    (tower / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# A tower\n")
+    llm, vision = base_models(load_recipe("vila_7b/1_align", [f"model.llm={named}", f"model.vision={tower}"]))
     assert (llm.hub, llm.licence) == ("lmsys/vicuna-7b-v1.5", "Llama 2 Community License")
     assert (vision.hub, vision.licence) == ("", "cc-by-4.0")
 

@@ -132,8 +132,8 @@ def test_two_ranks_that_are_killed_and_asked_to_stop_resume_bit_for_bit(training
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
 def test_a_run_that_is_asked_to_stop_saves_and_resumes_bit_for_bit(training_files, through, number, code):
     out = f"asked-{number}"
-    told = stopped(training_files, out, SAVES, 3, number)
-    assert told == (code, "step 3")
+    outcome = stopped(training_files, out, SAVES, 3, number)
+    assert outcome == (code, "step 3")
     assert steps_of(training_files / out) == ["step-00000002", "step-00000003"]
     assert_identical(finish(training_files, out, SAVES), through)
 
@@ -148,12 +148,12 @@ def test_the_command_that_a_batch_system_warns_exits_with_0(training_files):
             while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
                 time.sleep(0.05)
             process.send_signal(signal.SIGUSR1)
-            said, _ = process.communicate(timeout=60)
+            output, _ = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == 0, said
+    assert process.returncode == 0, output
     step = read_metrics(metrics)[-1]["step"]
-    assert f"step {step}: training stopped" in said
+    assert f"step {step}: training stopped" in output
     assert steps_of(training_files / "warned") == [f"step-{step:08d}"]
 
 

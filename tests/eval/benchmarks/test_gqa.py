@@ -121,9 +121,9 @@ def test_distances_of_distributions_by_hand(tmp_path):
         tmp_path / "testdev_balanced_questions.json",
         {key: annotation(truth, group=groups[key]) for key, truth in truths.items()},
     )
-    said = {"1": "yes", "2": "yes", "3": "maybe", "4": "no", "5": "blue", "6": "blue", "7": "y"}
+    given = {"1": "yes", "2": "yes", "3": "maybe", "4": "no", "5": "blue", "6": "blue", "7": "y"}
     # g1: (2-3)^2/3 + (1-1)^2/1 = 1/3, 4 questions; g2: (0-2)^2/2 = 2, 2 questions; (4/3 + 4) / 6 / 100.
-    assert Gqa(tmp_path).score(answers(said)).metrics["distribution"] == pytest.approx(8 / 900)
+    assert Gqa(tmp_path).score(answers(given)).metrics["distribution"] == pytest.approx(8 / 900)
     alone = {"7": annotation("x")}
     plain(tmp_path / "testdev_balanced_questions.json", alone)
     result = Gqa(tmp_path).score(answers({"7": "x"}))
@@ -135,18 +135,18 @@ def test_validity_and_plausibility_come_from_the_choices(tmp_path):
     common = annotation("color")
     common["types"]["detailed"] = "materialCommon"
     plain(tmp_path / "testdev_balanced_questions.json", {"1": annotation("red"), "2": annotation("red"), "3": common})
-    said = answers({"1": "red", "2": "purple", "3": "shape"})
-    result = Gqa(tmp_path).score(said)
+    given = answers({"1": "red", "2": "purple", "3": "shape"})
+    result = Gqa(tmp_path).score(given)
     assert (result.metrics["validity"], result.metrics["plausibility"]) == (0, 0)
     assert "testdev_balanced_choices.json" in result.notes[0]
     one = {"valid": ["red", "purple"], "plausible": ["red"]}
     path = plain(tmp_path / "testdev_balanced_choices.json", dict.fromkeys("123", one))
-    result = Gqa(tmp_path).score(said)
+    result = Gqa(tmp_path).score(given)
     # The third is valid and plausible: color, material or shape for questions on what two things have in common.
     assert (result.metrics["validity"], result.metrics["plausibility"]) == pytest.approx((100, 100 * 2 / 3))
     plain(path, {"1": one, "2": {"valid": []}, "3": one})
     with refused("plausible", file="testdev_balanced_choices.json", record="question 2"):
-        Gqa(tmp_path).score(said)
+        Gqa(tmp_path).score(given)
 
 
 def test_the_detailed_type_is_wanted_with_the_choices_alone(tmp_path):

@@ -189,7 +189,7 @@ def test_a_category_of_other_answers_only_is_zero_and_noted(folder, rows):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "named"),
     [
         ({"question_id": "existence/9999.png"}, "existence/9999.png"),
         ({"question_id": 7}, "7 ('Is this"),
@@ -200,9 +200,9 @@ def test_a_category_of_other_answers_only_is_zero_and_noted(folder, rows):
     ],
     ids=["unknown image", "number", "another benchmark's", "another question", "no prompt", "no category"],
 )
-def test_answers_to_no_question_of_mme_are_named(folder, rows, change, said):
+def test_answers_to_no_question_of_mme_are_named(folder, rows, change, named):
     rows[0].update(change)
-    with refused("1 answers", said, field="mme"):
+    with refused("1 answers", named, field="mme"):
         Mme(folder).score(answers(rows))
 
 

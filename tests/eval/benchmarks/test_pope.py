@@ -82,7 +82,7 @@ def given() -> list[Answer]:
 
 def test_parsing_of_each_example(folder):
     result = Pope(folder).score(given())
-    expected = [said == (label == "yes") for rows in ROWS.values() for _, label, said, _, _ in rows]
+    expected = [answer == (label == "yes") for rows in ROWS.values() for _, label, answer, _, _ in rows]
     assert [mark.value for mark in result.question_scores] == expected
     assert [mark.rule == "parsed as yes" for mark in result.question_scores] == [
         row[2] for rows in ROWS.values() for row in rows

@@ -55,8 +55,13 @@ def prompt(number: int) -> str:
 
 
 def annotation(number: int, counts: dict[str, int]) -> dict:
-    said = [text for text, count in counts.items() for _ in range(count)]
-    return {"question_id": 34602 + number, "image_id": image_id(number), "question": words(number), "answers": said}
+    answers = [text for text, count in counts.items() for _ in range(count)]
+    return {
+        "question_id": 34602 + number,
+        "image_id": image_id(number),
+        "question": words(number),
+        "answers": answers,
+    }
 
 
 def given() -> list[Answer]:
