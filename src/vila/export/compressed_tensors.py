@@ -18,8 +18,7 @@ from vila.export.llava_folder import (
     write_llava_files,
 )
 from vila.export.source import ExportSource, SafetensorsWriter
-from vila.kernels.int4 import pack_nibbles
-from vila.kernels.packings import CODES_PER_WORD, as_words, pack_compressed
+from vila.kernels.packings import CODES_PER_WORD, pack_compressed
 
 IGNORE = ("lm_head", "re:.*lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*")
 """Modules that are not quantized, under the names of old and new transformers and of vLLM."""
@@ -164,9 +163,5 @@ def _write_linear(
 ) -> None:
     writer.append(f"{stem}.weight_shape", torch.tensor(one.shape))
     for weight in source.int4_rows(one.source_name, group_size, symmetric=symmetric, scale_dtype=source.half_dtype):
-        packed = pack_compressed(weight)
-        writer.append(f"{stem}.weight_packed", packed["weight_packed"])
-        writer.append(f"{stem}.weight_scale", packed["weight_scale"])
-        if not symmetric:
-            # The packer omits zero points if they are all 8 in these rows; the file needs them for every row.
-            writer.append(f"{stem}.weight_zero_point", as_words(pack_nibbles(weight.zeros.T)).T.contiguous())
+        for suffix, tensor in pack_compressed(weight, symmetric=symmetric).items():
+            writer.append(f"{stem}.{suffix}", tensor)

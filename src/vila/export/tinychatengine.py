@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from vila.export.base import ExportOptions, Readme, full_precision_problems
 from vila.export.gguf_llm import BYTE, CONTROL, UNKNOWN, build_vocabulary
 from vila.export.source import CHUNK_BYTES, LLM
 from vila.kernels.int4 import SYMMETRIC_ZERO, Int4Weight, check_group_size, pack_nibbles
-from vila.kernels.packings import find_format
+from vila.kernels.packings import Packed, pack_tinychatengine_blocks, pack_tinychatengine_cuda
 
 if TYPE_CHECKING:
     from vila.export.source import ExportSource
@@ -43,23 +42,23 @@ _TOWER = {
 _BLOCKS, _EPSILON = 23, 1e-5
 
 
-@dataclass(frozen=True)
+_PRECISIONS = {
+    "qm_x86": "INT4 with group size 32, packed for x86",
+    "qm_arm": "INT4 with group size 32, packed for Arm",
+    "qm_cuda": "INT4 with group size 128, packed for CUDA",
+    "fp32": "float32",
+}
+
+
 class TinyChatEngineTarget:
     """LLM in float32 or INT4, tower and projector in float32, vocabulary."""
 
-    name: str = "tinychatengine"
-    summary: str = "Raw arrays for TinyChatEngine on x86, Arm and CUDA"
-    precisions: Mapping[str, str] = field(
-        default_factory=lambda: {
-            "qm_x86": "INT4 with group size 32, packed for x86",
-            "qm_arm": "INT4 with group size 32, packed for Arm",
-            "qm_cuda": "INT4 with group size 128, packed for CUDA",
-            "fp32": "float32",
-        }
-    )
-    options: frozenset[str] = frozenset({"load_awq"})
-    has_llm: bool = True
-    verification: str = "bit-exact in an independent reader; not tested in TinyChatEngine"
+    name = "tinychatengine"
+    summary = "Raw arrays for TinyChatEngine on x86, Arm and CUDA"
+    precisions = _PRECISIONS
+    options = frozenset({"load_awq"})
+    has_llm = True
+    verification = "bit-exact in an independent reader; not tested in TinyChatEngine"
 
     def problems(self, source: ExportSource, options: ExportOptions) -> list[str]:
         """Return the reasons why TinyChatEngine does not support the model, whose sizes and modules it compiles in."""
@@ -146,7 +145,12 @@ TARGET = TinyChatEngineTarget()
 
 # O outputs  I inputs  G inputs of a group
 
-_GROUPS = {"qm_x86": 32, "qm_arm": 32, "qm_cuda": 128}
+_PACKINGS: Mapping[str, tuple[int, Callable[[Int4Weight], Packed]]] = {
+    "qm_x86": (32, partial(pack_tinychatengine_blocks, run=64)),
+    "qm_arm": (32, partial(pack_tinychatengine_blocks, run=32)),
+    "qm_cuda": (128, pack_tinychatengine_cuda),
+}
+"""Group size and packer."""
 _WORDS = 32000
 _HEADER_NUMBERS = 9
 _TOWER_PREFIX = "vision_tower."
@@ -269,14 +273,13 @@ def _write_floats(source: ExportSource, name: str, path: Path) -> None:
 
 def _write_int4(source: ExportSource, name: str, folder: Path, precision: str) -> None:
     folder.mkdir(parents=True)
-    packer = find_format(precision)
-    with ExitStack() as stack:
-        streams = {part: stack.enter_context((folder / f"{part}.bin").open("wb")) for part in packer.tensors}
-        for number, run in enumerate(source.rows(name, torch.float32, CHUNK_BYTES // 4)):
-            for part, tensor in packer.pack(quantize_for_engine(run, _GROUPS[precision])).items():
-                # Formats without packed zero points have a single zero for the whole Linear.
-                if number == 0 or part != "zero_point_int4" or tensor.numel() > 1:
-                    streams[part].write(tensor.contiguous().numpy().data)
+    group_size, pack = _PACKINGS[precision]
+    for number, run in enumerate(source.rows(name, torch.float32, CHUNK_BYTES // 4)):
+        for part, tensor in pack(quantize_for_engine(run, group_size)).items():
+            # Formats without packed zero points have a single zero for the whole Linear.
+            if number == 0 or part != "zero_point_int4" or tensor.numel() > 1:
+                with (folder / f"{part}.bin").open("ab") as stream:
+                    stream.write(tensor.contiguous().numpy().data)
 
 
 def _write(values: Tensor, path: Path) -> None:

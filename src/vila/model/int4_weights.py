@@ -15,7 +15,7 @@ from torch import nn
 
 from vila.core.errors import LayoutError
 from vila.kernels.int4 import SCALE_DTYPES, Int4Linear, Int4Weight, check_group_size
-from vila.kernels.packings import find_format, num_zero_words
+from vila.kernels.packings import UNPACKERS, num_zero_words
 from vila.model.weights import ReadTensor, Shape, TensorRef, WeightFile
 
 _MAX_LISTED = 5
@@ -157,7 +157,7 @@ def read_packed(packed: Mapping[str, PackedWeight]) -> Iterator[tuple[str, Int4W
 def _unpacked(weight: PackedWeight, opened: Mapping[WeightFile, ReadTensor]) -> Int4Weight:
     tensors = {ending: opened[ref.file](ref.name) for ending, ref in weight.parts.items()}
     try:
-        unpacked = find_format(weight.packing).unpack(tensors, weight.group_size)
+        unpacked = UNPACKERS[weight.packing](tensors, weight.group_size)
     except LayoutError as error:
         codes = weight.parts[_CODES]
         raise LayoutError(str(error), file=codes.file.path, field=codes.name) from error
