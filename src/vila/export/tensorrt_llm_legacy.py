@@ -16,7 +16,6 @@ from vila.core.files import write_json
 from vila.export.base import ExportOptions, Readme, choose_group_size, group_size_problems, int4_problems
 from vila.export.source import LLM, ExportSource, SafetensorsWriter
 from vila.families import FAMILIES
-from vila.kernels.int4 import Int4Weight
 from vila.kernels.packings import pack_modelopt
 
 GROUPS = (64, 128)
@@ -296,76 +295,58 @@ def _write_same(files: Sequence[SafetensorsWriter], name: str, tensor: Tensor) -
 
 def _write_vocabulary(source: ExportSource, files: Sequence[SafetensorsWriter], target: str, name: str) -> None:
     """Write rows to the ranks in order; the last rank is padded with zeros."""
-    count = source.shape(name)[0]
-    each = _padded(count, len(files)) // len(files)
-    for part, rank in _by_rank(source.rows(name, _HALF), each):
-        files[rank].append(target, part)
-    if missing := each * len(files) - count:
-        # Only the last rank lacks rows: fewer than the number of ranks are missing.
-        files[-1].append(target, torch.zeros(missing, source.shape(name)[1], dtype=_HALF))
+    count, width = source.shape(name)
+    per_rank = _padded(count, len(files)) // len(files)
+    row = 0
+    for chunk in source.rows(name, _HALF):
+        _append_rows(files, target, chunk, row, per_rank)
+        row += len(chunk)
+    # Only the last rank lacks rows: fewer than the number of ranks are missing.
+    _append_rows(files, target, torch.zeros(per_rank * len(files) - count, width, dtype=_HALF), row, per_rank)
 
 
 def _padded(count: int, ranks: int) -> int:
     return -(-count // ranks) * ranks
 
 
-def _by_rank(chunks: Iterator[Tensor], each: int) -> Iterator[tuple[Tensor, int]]:
-    """Split chunks of rows so that every rank gets `each` rows; yield each part with its rank."""
-    row = 0
-    for chunk in chunks:
-        while len(chunk):
-            rank, filled = divmod(row, each)
-            part, chunk = chunk[: each - filled], chunk[each - filled :]
-            row += len(part)
-            yield part, rank
+def _append_rows(files: Sequence[SafetensorsWriter], name: str, rows: Tensor, start: int, per_rank: int) -> None:
+    """Append rows `start` and following of a tensor to the files of their ranks; a rank has `per_rank` rows."""
+    while len(rows):
+        rank, filled = divmod(start, per_rank)
+        part, rows = rows[: per_rank - filled], rows[per_rank - filled :]
+        files[rank].append(name, part)
+        start += len(part)
 
 
 def _write_linear(
     source: ExportSource, files: Sequence[SafetensorsWriter], one: _Linear, group_size: int | None
 ) -> None:
     for name in one.source_names:
-        weight = f"{name}.weight"
-        if group_size is None:
-            for rank, part in _cut(source.rows(weight, _HALF), source.shape(weight), one.by_rows, len(files)):
-                files[rank].append(f"{one.stem}.weight", part)
-            continue
-        chunks = source.int4_rows(weight, group_size, symmetric=True, scale_dtype=_HALF)
-        for rank, part4 in _cut_int4(chunks, source.shape(weight), one.by_rows, len(files)):
-            packed = pack_modelopt(part4)
-            files[rank].append(f"{one.stem}.weight", packed["weight"].view(torch.int8))
-            files[rank].append(f"{one.stem}.weights_scaling_factor", packed["weight_scale"])
+        outputs, row = source.shape(f"{name}.weight")[0], 0
+        for num_rows, tensors in _chunks(source, f"{name}.weight", group_size):
+            for suffix, tensor in tensors.items():
+                if one.by_rows:
+                    # A row of packed codes has two outputs.
+                    per_row = num_rows // len(tensor)
+                    _append_rows(files, f"{one.stem}.{suffix}", tensor, row // per_row, outputs // per_row // len(files))
+                else:
+                    for file, part in zip(files, tensor.chunk(len(files), 1), strict=True):
+                        file.append(f"{one.stem}.{suffix}", part)
+            row += num_rows
     if group_size is not None:
         # All AWQ scales are folded into weights and norms.
         inputs = source.shape(f"{one.source_names[0]}.weight")[1] // (1 if one.by_rows else len(files))
         _write_same(files, f"{one.stem}.prequant_scaling_factor", torch.ones(inputs, dtype=_HALF))
 
 
-def _cut(chunks: Iterator[Tensor], shape: tuple[int, ...], by_rows: bool, ranks: int) -> Iterator[tuple[int, Tensor]]:
-    if by_rows:
-        yield from ((rank, part) for part, rank in _by_rank(chunks, shape[0] // ranks))
+def _chunks(source: ExportSource, name: str, group_size: int | None) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yield the number of rows of each chunk of a weight, and its tensors by suffix."""
+    if group_size is None:
+        yield from ((len(chunk), {"weight": chunk}) for chunk in source.rows(name, _HALF))
         return
-    for chunk in chunks:
-        yield from enumerate(chunk.chunk(ranks, 1))
-
-
-def _cut_int4(
-    chunks: Iterator[Int4Weight], shape: tuple[int, ...], by_rows: bool, ranks: int
-) -> Iterator[tuple[int, Int4Weight]]:
-    each, row = shape[0] // ranks, 0
-    for chunk in chunks:
-        if not by_rows:
-            yield from enumerate(_columns(chunk, ranks))
-            continue
-        start = 0
-        while start < chunk.num_outputs:
-            rank, filled = divmod(row, each)
-            end = min(chunk.num_outputs, start + each - filled)
-            yield rank, chunk.rows(start, end)
-            row += end - start
-            start = end
-
-
-def _columns(weight: Int4Weight, ranks: int) -> Iterator[Int4Weight]:
-    parts = (tensor.chunk(ranks, 1) for tensor in (weight.codes, weight.scales, weight.zeros))
-    for codes, scales, zeros in zip(*parts, strict=True):
-        yield Int4Weight(codes, scales, zeros, weight.group_size)
+    for weight in source.int4_rows(name, group_size, symmetric=True, scale_dtype=_HALF):
+        packed = pack_modelopt(weight)
+        yield (
+            weight.num_outputs,
+            {"weight": packed["weight"].view(torch.int8), "weights_scaling_factor": packed["weight_scale"]},
+        )
