@@ -328,7 +328,9 @@ def _write_linear(
                 if one.by_rows:
                     # A row of packed codes has two outputs.
                     per_row = num_rows // len(tensor)
-                    _append_rows(files, f"{one.stem}.{suffix}", tensor, row // per_row, outputs // per_row // len(files))
+                    _append_rows(
+                        files, f"{one.stem}.{suffix}", tensor, row // per_row, outputs // per_row // len(files)
+                    )
                 else:
                     for file, part in zip(files, tensor.chunk(len(files), 1), strict=True):
                         file.append(f"{one.stem}.{suffix}", part)
