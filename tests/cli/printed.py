@@ -14,9 +14,9 @@ def counts(text):
 
 
 def cells(text):
-    """Return the cells of each row of printed tables, borders and header rows of box characters excluded."""
+    """Return the cells of each row of printed tables, without borders and without headers in heavy lines."""
     return [
-        [cell.strip() for cell in re.split(r"[\u2502\u2503|]", line)[1:-1]]
+        [cell.strip() for cell in re.split(r"[\u2502|]", line)[1:-1]]
         for line in text.splitlines()
-        if re.match(r"\s*[\u2502\u2503|]", line)
+        if re.match(r"\s*[\u2502|]", line)
     ]

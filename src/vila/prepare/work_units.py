@@ -234,10 +234,15 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
     before = read_json_object(path, ConfigError)
     keys = sorted(before.keys() | settings.keys())
     changed = [
-        f"{key}: {before.get(key)!r} -> {settings.get(key)!r}"
+        ConfigError(
+            "the directory was made with another value",
+            field=key,
+            value=settings.get(key),
+            expected=repr(before.get(key)),
+            hint="use the same settings or another output directory",
+        )
         for key in keys
         if before.get(key, MISSING) != settings.get(key, MISSING)
     ]
     if changed:
-        title = f"{out}: created with different settings; use the same settings or another output directory"
-        raise ConfigError.collect(title, changed)
+        raise ConfigError.collect(str(out), changed)
