@@ -84,7 +84,8 @@ def test_coyo_is_chosen_and_downloaded_by_two_workers(prepare, vila_error, serve
     assert [int(row[1]) for row in cells(out) if row[0] in ("in", "out")] == [8, 4, 4, 4]
     assert [members["txt"] for members in samples(tmp_path / "o").values()] == [b"caption 0", b"caption 1"] * 2
     error = vila_error("data", "prepare", "coyo", *paths, "--output", tmp_path / "o", "--keep-fraction", 0.1, *FETCH)
-    assert (error.exit_code, error.field, error.value, error.expected) == (2, "share", 0.1, "0.5")
+    changed = {problem.field: (problem.value, problem.expected) for problem in error.problems}
+    assert (error.exit_code, changed) == (2, {"share": (0.1, "0.5"), "rows_per_unit": (12_440, "1")})
     error = vila_error("data", "prepare", "coyo", *paths, "--output", tmp_path / "q", "--min-clip-score", 1.5, *FETCH)
     assert (type(error), error.file) == (DataError, str(tmp_path / "q" / "lists"))
     assert error.field == "--min-clip-score"
