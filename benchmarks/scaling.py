@@ -6,13 +6,17 @@ PYTHONPATH=. python benchmarks/scaling.py
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from benchmarks.data_packing import draw, stage_3
 from vila.config.load import load_recipe
-from vila.plan.devices import NODE, Network, Sharding, parse_machine
-from vila.plan.planner import ScalingPoint, scaling, usable_bytes
+from vila.config.schema import Recipe
+from vila.plan.devices import NODE, Machine, Network, Sharding, Traffic, parse_machine
+from vila.plan.model_shape import config_of, shape_of
+from vila.plan.planner import make_plan, usable_bytes
 
 GPUS = (8, 32, 128, 256, 1024)
 SHARES = (1, 4, 16)
@@ -26,8 +30,74 @@ STAGES = {
     ),
 }
 WAYS: tuple[Sharding, ...] = ("full", "hybrid", "replicate")
+COMPUTE_MFU = 0.5
+"""Assumed model FLOPs utilisation of a single device."""
 HEADER = ("GPUs", "Sharding", "Micro-batches", "Compute s", "Intra-node GB", "Inter-node GB", "Traffic s", "Latency s")
 HEADER += ("Efficiency", "Bound by", "Peak GiB")
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingPoint:
+    """One stage on one machine with one way of sharding. All figures are per rank and step.
+
+    rows:      samples or sequences, in `micro_batches` micro-batches.
+    compute_s: seconds of computation at `COMPUTE_MFU`.
+    memory:    peak memory in bytes.
+    """
+
+    gpus: int
+    sharding: Sharding
+    rows: int
+    micro_batches: int
+    tokens: float
+    compute_s: float
+    traffic: Traffic
+    memory: float
+
+    @property
+    def efficiency(self) -> tuple[float, float]:
+        """Fraction (0..1) of the speed of a single device: without and with full overlap of communication."""
+        communication_s = self.traffic.total_seconds
+        return self.compute_s / (self.compute_s + communication_s), self.compute_s / max(
+            self.compute_s, communication_s
+        )
+
+    @property
+    def break_even(self) -> float:
+        """Tokens per rank and step for which computation takes as long as communication."""
+        return self.tokens * self.traffic.total_seconds / self.compute_s
+
+    @property
+    def limit(self) -> str:
+        """Bottleneck of a step: compute, bandwidth or latency."""
+        if self.compute_s >= self.traffic.total_seconds:
+            return "compute"
+        return "latency" if self.traffic.latency_s > self.traffic.transfer_s else "bandwidth"
+
+
+def scaling(recipe: Recipe, machine: Machine, gpus: Sequence[int], ways: Sequence[Sharding]) -> list[ScalingPoint]:
+    """Return a point per sharding and number of devices, if that divides the global batch, which is constant."""
+    shape, batch = shape_of(config_of(recipe.model)), recipe.batch.rows or recipe.batch.samples
+    points = []
+    for number in (number for number in gpus if batch % number == 0):
+        for way in ways:
+            changed = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"sharding": way})})
+            target = Machine(machine.device, number, min(number, machine.per_node))
+            plan = make_plan(changed, target, mfu=COMPUTE_MFU, shape=shape)
+            assert plan.duration is not None
+            points.append(
+                ScalingPoint(
+                    gpus=number,
+                    sharding=way,
+                    rows=batch // number,
+                    micro_batches=plan.batch.accumulation,
+                    tokens=plan.batch.tokens / number,
+                    compute_s=plan.duration.step_s,
+                    traffic=plan.traffic,
+                    memory=plan.memory.total,
+                )
+            )
+    return points
 
 
 def table(title: str) -> str:

@@ -1,4 +1,4 @@
-"""Update the generated parts of the documentation pages: tables of fields, recipes, formats, options.
+"""Update the generated parts of the documentation pages (tables of fields, recipes, formats, options) and data/LICENSE.
 
     python scripts/make_docs.py
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from itertools import groupby
@@ -33,8 +34,10 @@ from vila.core.types import Image, Message
 from vila.data.formats.base import FORMATS
 from vila.eval.benchmark import BENCHMARKS
 from vila.export.base import EXPORTS, OPTIONS
+from vila.prepare.licences import data_licences
 
 ROOT = Path(__file__).resolve().parents[1]
+LICENCES = ROOT / "data" / "LICENSE"
 PART = re.compile(r"<!-- generated: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end: (?P=name) -->", re.DOTALL)
 
 # Example conversation, as in tests/chat/test_render.py.
@@ -47,10 +50,10 @@ TWO_TURNS = (
 
 
 def main() -> int:
-    """Update every page with generated parts; print which of them changed."""
-    for page in pages():
+    """Update every page with generated parts, and data/LICENSE; print which of them changed."""
+    for page in [*pages(), LICENCES]:
         text = page.read_text(encoding="utf-8")
-        fresh = regenerated(text)
+        fresh = licence_text(text) if page == LICENCES else regenerated(text)
         if fresh != text:
             page.write_text(fresh, encoding="utf-8")
         print(f"{page.relative_to(ROOT)}: {'written' if fresh != text else 'up to date'}")
@@ -77,6 +80,24 @@ def _regenerated_part(match: re.Match[str]) -> str:
     if name not in PARTS:
         raise ValueError(f"generated part {name!r} is unknown; known are {', '.join(PARTS)}")
     return f"<!-- generated: {name} -->\n\n{PARTS[name]()}\n\n<!-- end: {name} -->"
+
+
+def licence_text(text: str) -> str:
+    """Return data/LICENSE with its list of data sets updated; its head is written by hand."""
+    mark = "Generated from src/vila/prepare/licences.yaml; edit that file.\n"
+    head, _, _ = text.partition(mark)
+    parts = [f"{head}{mark}"]
+    for entry in data_licences():
+        licence = f"{entry.licence} ({'read' if entry.checked else 'not read'})"
+        rows = {"used in": entry.used_in, "source": entry.source, "licence": licence, "forbids": entry.forbids}
+        lines = [entry.name]
+        for label, value in rows.items():
+            wrapped = textwrap.fill(
+                value, 106, subsequent_indent=" " * 14, break_on_hyphens=False, break_long_words=False
+            )
+            lines.append(f"    {label + ':':<10}{wrapped}")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
 
 
 def recipe_fields() -> str:

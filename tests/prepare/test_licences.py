@@ -1,15 +1,13 @@
 """Licences of the data sets, and the generated file."""
 
-from pathlib import Path
-
-from vila.prepare.licences import data_licences, licence_text
+from scripts import make_docs
+from vila.prepare.licences import data_licences
 from vila.prepare.m3it import SETS
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_file_in_the_repository_is_up_to_date():
-    assert (ROOT / "data" / "LICENSE").read_text(encoding="utf-8") == licence_text()
+    text = make_docs.LICENCES.read_text(encoding="utf-8")
+    assert make_docs.licence_text(text) == text
 
 
 def test_every_prepared_set_is_listed_once_with_a_source():

@@ -12,7 +12,7 @@ import pytest
 from vila.core import reading
 from vila.core.errors import DataError
 from vila.prepare import records
-from vila.prepare.records import read_rows, text_problem
+from vila.prepare.records import read_parquet, read_rows, text_problem
 
 ROWS = [{"a": n, "t": "\u00e9" * n} for n in range(5)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -38,7 +38,7 @@ def test_records_are_equal_in_every_format(tmp_path, name, content):
 
 def test_parquet_rows_have_numbers_and_the_requested_columns(tmp_path):
     pq.write_table(pa.table({"a": list(range(3000)), "b": ["x"] * 3000}), tmp_path / "x.parquet", row_group_size=700)
-    rows = list(read_rows(tmp_path / "x.parquet", ["a"]))
+    rows = list(read_parquet(tmp_path / "x.parquet", ["a"]))
     assert rows[0] == (1, {"a": 0}) and rows[-1] == (3000, {"a": 2999}) and len(rows) == 3000
 
 

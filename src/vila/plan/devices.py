@@ -209,8 +209,3 @@ def _collective(machine: Machine, ranks: int, size: float, calls: int, network: 
     return Traffic(
         received - inter_node, inter_node, max(received / rate_in, inter_node / rate_out), calls * ranks * network.hop_s
     )
-
-
-def efficiency(compute_s: float, traffic: Traffic) -> tuple[float, float]:
-    """Return the fraction (0..1) of the speed of a single device: without and with full overlap of communication."""
-    return compute_s / (compute_s + traffic.total_seconds), compute_s / max(compute_s, traffic.total_seconds)

@@ -27,8 +27,6 @@ from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.projector import num_projected_tokens
 from vila.model.vision_tower import encoder_blocks, num_patches
 
-COMPONENTS = ("tower", "projector", "embeddings", "blocks", "head")
-"""Components of a model; `blocks` are the decoder blocks and the final norm of the LLM."""
 _WITHOUT_CLASS_TOKEN = ("siglip_vision_model",)
 
 
@@ -159,7 +157,10 @@ def shape_of(config: VilaConfig) -> ModelShape:
 
 
 def count_parameters(shape: ModelShape) -> dict[str, int]:
-    """Return the number of parameters by component; 0 for a tied head."""
+    """Return the number of parameters by component; 0 for a tied head.
+
+    `blocks` are the decoder blocks and the final norm of the LLM.
+    """
     return {
         "tower": shape.tower_rest + shape.tower.used * shape.tower.block + shape.tower_unused,
         "projector": sum(matrix.weights for matrix in shape.projector) + shape.projector_small,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from vila.config.load import recipe_changes
 from vila.config.schema import Recipe
 from vila.data.packing import fit_micro_batch
-from vila.plan.devices import NODE, Machine, Sharding, Traffic, efficiency, step_traffic
+from vila.plan.devices import NODE, Machine, Traffic, step_traffic
 from vila.plan.flops import Flops, TrainableParts, count_trainable, step_flops
 from vila.plan.memory import Memory, MemoryConfig, MicroBatch, memory_by_component, peak_memory
 from vila.plan.model_shape import ModelShape, config_of, count_parameters, shape_of
@@ -334,74 +334,3 @@ def _disk(recipe: Recipe, parameters: int, num_trainable: int) -> dict[str, floa
         "checkpoints": one * (recipe.output.keep_last + recipe.output.keep_best + 1),
         "model": 2.0 * (num_trainable if adapter else parameters),
     }
-
-
-# Scaling with the number of devices
-
-COMPUTE_MFU = 0.5
-"""Assumed model FLOPs utilisation of a single device."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScalingPoint:
-    """One stage on one machine with one way of sharding. All figures are per rank and step.
-
-    rows:      samples or sequences, in `micro_batches` micro-batches.
-    compute_s: seconds of computation at `COMPUTE_MFU`.
-    memory:    peak memory in bytes.
-    """
-
-    gpus: int
-    sharding: Sharding
-    rows: int
-    micro_batches: int
-    tokens: float
-    compute_s: float
-    traffic: Traffic
-    memory: float
-
-    @property
-    def efficiency(self) -> tuple[float, float]:
-        """Fraction (0..1) of the speed of a single device: without and with full overlap of communication."""
-        return efficiency(self.compute_s, self.traffic)
-
-    @property
-    def break_even(self) -> float:
-        """Tokens per rank and step for which computation takes as long as communication."""
-        return self.tokens * self.traffic.total_seconds / self.compute_s
-
-    @property
-    def limit(self) -> str:
-        """Bottleneck of a step: compute, bandwidth or latency."""
-        if self.compute_s >= self.traffic.total_seconds:
-            return "compute"
-        return "latency" if self.traffic.latency_s > self.traffic.transfer_s else "bandwidth"
-
-
-def scaling(recipe: Recipe, machine: Machine, gpus: Sequence[int], sharding: Sequence[Sharding]) -> list[ScalingPoint]:
-    """Return a point per sharding and number of devices, if that divides the global batch, which is constant."""
-    shape = shape_of(config_of(recipe.model))
-    return [
-        _point(recipe, Machine(machine.device, number, min(number, machine.per_node)), how, shape)
-        for number in gpus
-        for how in sharding
-        if (recipe.batch.rows or recipe.batch.samples) % number == 0
-    ]
-
-
-def _point(recipe: Recipe, machine: Machine, sharding: Sharding, shape: ModelShape) -> ScalingPoint:
-    share = (recipe.batch.rows or recipe.batch.samples) // machine.gpus
-    compute = recipe.compute.model_copy(update={"sharding": sharding})
-    recipe = recipe.model_copy(update={"compute": compute})
-    plan = make_plan(recipe, machine, mfu=COMPUTE_MFU, shape=shape)
-    assert plan.duration is not None
-    return ScalingPoint(
-        gpus=machine.gpus,
-        sharding=sharding,
-        rows=share,
-        micro_batches=plan.batch.accumulation,
-        tokens=plan.batch.tokens / machine.gpus,
-        compute_s=plan.duration.step_s,
-        traffic=plan.traffic,
-        memory=plan.memory.total,
-    )

@@ -1,9 +1,8 @@
-"""Licences of the data sets that the recipes use, read from `licences.yaml`, and the text of `data/LICENSE`."""
+"""Licences of the data sets that the recipes use, read from `licences.yaml`."""
 
 from __future__ import annotations
 
 import re
-import textwrap
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from itertools import pairwise
@@ -13,20 +12,6 @@ from typing import Any
 import yaml
 
 from vila.core.errors import DataError
-
-_HEAD = """\
-Data sets and their licences
-============================
-
-This project contains no data sets. Its recipes use those below, and `vila data prepare` downloads them from their
-publishers. Each data set keeps its own licence, which also applies to what you derive from it, models included. The
-licence of a collection of image URLs does not cover the images, which belong to their owners.
-
-This is not legal advice. "read" means that the licence was read on the source's own page when this file was written,
-"not read" that it was not: ask the source before you rely on it.
-
-Generated from src/vila/prepare/licences.yaml; edit that file.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,26 +37,6 @@ def data_licences() -> list[DataLicence]:
                 file="licences.yaml", record=str(entry.get("name")), value=sorted(entry), expected=str(sorted(known))
             )
     return [DataLicence(**entry) for entry in listed]
-
-
-def licence_text() -> str:
-    """Return the text of `data/LICENSE`."""
-    return "\n\n".join([_HEAD, *map(_paragraph, data_licences())]) + "\n"
-
-
-def _paragraph(entry: DataLicence) -> str:
-    rows = {
-        "used in": entry.used_in,
-        "source": entry.source,
-        "licence": f"{entry.licence} ({'read' if entry.checked else 'not read'})",
-        "forbids": entry.forbids,
-    }
-    lines = [f"    {label + ':':<10}{_wrapped(text)}" for label, text in rows.items()]
-    return "\n".join([entry.name, *lines])
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, 106, subsequent_indent=" " * 14, break_on_hyphens=False, break_long_words=False)
 
 
 KNOWN: dict[str, tuple[str, ...]] = {

@@ -40,15 +40,14 @@ _END_MARK = b"PK\x05\x06"
 _END_SIZE = 22
 
 
-def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield row numbers (from 1) and records of `.jsonl`, `.jsonl.gz`, `.jsonl.zip` or `.parquet`.
 
-    columns: columns to read of parquet; None reads all.
     A text with a lone surrogate stays in its record: see `text_problem`. Raises DataError with file and line.
     """
     name = path.name.lower()
     if name.endswith(".parquet"):
-        yield from read_parquet(path, columns)
+        yield from read_parquet(path)
     elif name.endswith(".zip"):
         yield from _zip_rows(path)
     elif name.endswith(".gz"):

@@ -25,6 +25,8 @@ SEQUENCE_LENGTH = 512
 MAX_DOCUMENTS = 128
 PACKAGED = "starter/text/english_calibration.txt"
 """Packaged calibration text, relative to `vila`; LICENSES.md in the same directory names its sources."""
+MAX_TOKENS = 2048
+"""Maximum number of tokens of a conversation."""
 SAMPLES = 64
 _TRIES = 8
 """Samples of a mixture that are tried for each wanted one."""
@@ -151,7 +153,12 @@ def _encode(document: Document, tokenizer: Any) -> list[int]:
 
 
 def sample_calibration(
-    conversations: Iterable[Sequence[Any]], processor: Any, *, name: str, template: str = "", max_tokens: int = 2048
+    conversations: Iterable[Sequence[Any]],
+    processor: Any,
+    *,
+    name: str,
+    template: str = "",
+    max_tokens: int = MAX_TOKENS,
 ) -> Calibration:
     """Return one sequence per conversation with its images, rendered as in training.
 
@@ -183,13 +190,13 @@ def join_calibrations(*parts: Calibration) -> Calibration:
 
 
 def mixture_calibration(
-    mixture: Mixture, processor: Any, *, samples: int = SAMPLES, name: str = "mixture", max_tokens: int = 2048
+    mixture: Mixture, processor: Any, *, samples: int = SAMPLES, name: str = "mixture"
 ) -> Calibration:
     """Return the first `samples` conversations of a training mixture, each with its own template.
 
     One branch is used of a sample with several questions. Conversations are concatenated into sequences of up to 512
     tokens, as text documents are: most are far shorter, and padding costs as much as tokens. Samples with videos, and
-    those of more than `max_tokens` tokens, are skipped.
+    those of more than MAX_TOKENS tokens, are skipped.
     Raises DataError if too few samples are left.
     """
     sequences: list[CalibrationSequence] = []
@@ -203,15 +210,13 @@ def mixture_calibration(
             videos += 1
             continue
         template = sample.template or dataset.template
-        if len(processor.tokens(chosen, template, prompt=False).ids) > max_tokens:
+        if len(processor.tokens(chosen, template, prompt=False).ids) > MAX_TOKENS:
             overlong += 1
             continue
-        sequences += sample_calibration(
-            [chosen], processor, name=name, template=template, max_tokens=max_tokens
-        ).sequences
+        sequences += sample_calibration([chosen], processor, name=name, template=template).sequences
     if len(sequences) < samples:
         raise DataError(
-            f"too few of {tried} samples fit: {overlong} are longer than {max_tokens} tokens, {videos} have videos",
+            f"too few of {tried} samples fit: {overlong} are longer than {MAX_TOKENS} tokens, {videos} have videos",
             file=name,
             field="samples",
             value=len(sequences),

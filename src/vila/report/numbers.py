@@ -23,9 +23,9 @@ def write_number(value: float) -> str:
     return f"\N{MINUS SIGN}{text}" if value < 0 else text
 
 
-def write_percent(fraction: float, places: int = 1) -> str:
+def write_percent(fraction: float) -> str:
     """Return a fraction as a percentage with a no-break space: 0.976 becomes 97.6 %."""
-    return f"{100 * fraction:.{places}f}\N{NO-BREAK SPACE}%" if math.isfinite(fraction) else MISSING
+    return f"{100 * fraction:.1f}\N{NO-BREAK SPACE}%" if math.isfinite(fraction) else MISSING
 
 
 def write_seconds(seconds: float) -> str:

@@ -10,10 +10,10 @@ which is silently wrong if an answer is missing or out of order; here they are m
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vila.core.errors import DataError
 from vila.core.reading import read_jsonl
@@ -23,10 +23,23 @@ from vila.eval.benchmark import AggregateMetric, Answer, BenchmarkResult, Item, 
 _QUESTIONS = "llava_pope_test.jsonl"
 _COCO = "coco"
 _POPE = "github.com/AoiDragon/POPE, output/coco at commit e3e3926; later ones have 3,000 random questions, not 2,910"
+_COUNTED = ("tp", "fp", "fn")
 _HINT = f"is it another release? Download it from {_POPE}"
 
-Prediction = tuple[bool, bool, str]
-"""Predicted yes, label yes, and the lower-case answer, which lmms-eval scores."""
+
+class Prediction(NamedTuple):
+    """Parsed answer to a question of a category, and its label. is_yes: None for neither yes nor no."""
+
+    category: str
+    is_yes: bool | None
+    label: bool
+
+    @property
+    def outcome(self) -> str:
+        """Return tp, fp, tn or fn; "" for an answer that is neither yes nor no."""
+        if self.is_yes is None:
+            return ""
+        return ("t" if self.is_yes == self.label else "f") + ("p" if self.is_yes else "n")
 
 
 class Pope(AnnotatedBenchmark):
@@ -69,7 +82,7 @@ class Pope(AnnotatedBenchmark):
                    precision nor recall. Questions without an answer are wrong.
         Raises DataError for answers to unknown questions.
         """
-        categories = {question.category: None for question in self._questions}
+        is_lmms = protocol == "lmms-eval"
         questions = self.within_limit({str(question.question_id): question for question in self._questions})
         labels = self._labels
         matched = self.match(answers, questions)
@@ -81,48 +94,52 @@ class Pope(AnnotatedBenchmark):
             )
         self.check_prompts(answers, {key: question.text for key, question in questions.items()})
         scores = []
-        predictions: list[tuple[str, Prediction]] = []
-        by_category: dict[str, list[Prediction]] = {category: [] for category in categories}
+        predictions: list[Prediction] = []
         for key, question in questions.items():
-            if key not in matched.texts and protocol == "upstream":
+            if key not in matched.texts and not is_lmms:
                 continue
             text = matched.texts.get(key, "")
-            prediction = is_yes(text), labels[key] != "no", text.lower().strip()
-            by_category[question.category].append(prediction)
-            is_correct = _is_correct_lmms(prediction) if protocol == "lmms-eval" else prediction[0] == prediction[1]
-            rule = "no answer" if key not in matched.texts else "parsed as yes" if prediction[0] else "parsed as no"
-            predictions.append((question.category, prediction))
+            said_yes = {"yes": True, "no": False}.get(text.lower().strip()) if is_lmms else is_yes(text)
+            # lmms-eval has one F1 over all categories.
+            prediction = Prediction("" if is_lmms else question.category, said_yes, labels[key] != "no")
+            predictions.append(prediction)
+            is_correct = prediction.is_yes == prediction.label
+            rule = "no answer" if key not in matched.texts else "parsed as yes" if is_yes(text) else "parsed as no"
             scores.append(
                 QuestionScore(key, float(is_correct), question.image, question.category, text, labels[key], rule)
             )
-        notes = matched.notes("not counted" if protocol == "upstream" else "wrong") + self._order_note(
-            answers, questions
-        )
+        notes = matched.notes("wrong" if is_lmms else "not counted") + self._order_note(answers, questions)
         metrics: dict[str, Any] = {"questions": len(scores), "missing": len(matched.missing)}
-        if protocol == "lmms-eval":
-            metrics.update(_lmms_metrics([one for own in by_category.values() for one in own]))
-            aggregate = AggregateMetric(tuple(_lmms_counts(one) for _, one in predictions), _mean_f1)
-            return BenchmarkResult(100 * metrics["f1"], "%", metrics, tuple(scores), tuple(notes), aggregate)
-        for category in [name for name, own in by_category.items() if not own]:
-            notes.append(f"no answers in category {category}: it is not part of the mean")
-        answered = {category: own for category, own in by_category.items() if own}
-        metrics["by_category"] = {category: _metrics(own) for category, own in answered.items()}
-        metrics["pooled"] = _metrics([one for own in by_category.values() for one in own])
-        for category, row in metrics["by_category"].items():
-            if not row["tp"]:
-                notes.append(f"{category}: no true positives, F1 is undefined and counts as 0")
-        score = 100 * sum(row["f1"] for row in metrics["by_category"].values()) / len(answered)
+        pooled = _metrics(predictions)
+        if is_lmms:
+            metrics |= {name: pooled[name] for name in ("accuracy", "precision", "recall", "f1")}
+            # As in lmms-eval, of the labels, not of the answers.
+            metrics["yes_ratio"] = _ratio(sum(one.label for one in predictions), len(predictions))
+            score = 100 * pooled["f1"]
+        else:
+            by_category = {
+                category: [one for one in predictions if one.category == category]
+                for category in dict.fromkeys(question.category for question in self._questions)
+            }
+            absent = [category for category, own in by_category.items() if not own]
+            notes += [f"no answers in category {category}: it is not part of the mean" for category in absent]
+            rows = {category: _metrics(own) for category, own in by_category.items() if own}
+            metrics |= {"by_category": rows, "pooled": pooled}
+            without = [category for category, row in rows.items() if not row["tp"]]
+            notes += [f"{category}: no true positives, F1 is undefined and counts as 0" for category in without]
+            score = 100 * sum(row["f1"] for row in rows.values()) / len(rows)
         return BenchmarkResult(score, "%", metrics, tuple(scores), tuple(notes), _aggregate(predictions))
 
     def _order_note(self, answers: Sequence[Answer], questions: Mapping[str, Question]) -> list[str]:
         """Return a note if the original script would pair answers with the labels of other questions."""
-        wrong = []
-        for category in {question.category: None for question in questions.values()}:
-            expected = [key for key, question in questions.items() if question.category == category]
-            given = [str(answer.question_id) for answer in answers]
-            given = [key for key in given if questions[key].category == category]
-            if expected[: len(given)] != given:
-                wrong.append(category)
+        expected: dict[str, list[str]] = defaultdict(list)
+        given: dict[str, list[str]] = defaultdict(list)
+        for key, question in questions.items():
+            expected[question.category].append(key)
+        for answer in answers:
+            key = str(answer.question_id)
+            given[questions[key].category].append(key)
+        wrong = [category for category, keys in expected.items() if keys[: len(given[category])] != given[category]]
         if not wrong:
             return []
         return [
@@ -166,14 +183,14 @@ def _match_labels(path: Path, questions: Sequence[Question]) -> dict[str, str]:
     return found
 
 
-def _aggregate(predictions: Sequence[tuple[str, Prediction]]) -> AggregateMetric:
-    """Return the mean F1 of the answered categories from counts of true positives, false positives and negatives."""
-    offsets = {category: 3 * index for index, category in enumerate(dict.fromkeys(name for name, _ in predictions))}
+def _aggregate(predictions: Sequence[Prediction]) -> AggregateMetric:
+    """Return the mean F1 of the answered categories from their counts of `_COUNTED` outcomes."""
+    offsets = {category: 3 * index for index, category in enumerate(dict.fromkeys(one.category for one in predictions))}
     terms = []
-    for category, (predicted, label, _) in predictions:
+    for one in predictions:
         row = [0.0] * (3 * len(offsets))
-        if predicted or label:
-            row[offsets[category] + (0 if predicted and label else 1 if predicted else 2)] = 1.0
+        if one.outcome in _COUNTED:
+            row[offsets[one.category] + _COUNTED.index(one.outcome)] = 1.0
         terms.append(tuple(row))
     return AggregateMetric(tuple(terms), _mean_f1)
 
@@ -184,40 +201,17 @@ def _mean_f1(sums: Sequence[float]) -> float:
     return 100 * sum(_f1(*own)["f1"] for own in counts) / len(counts)
 
 
-def _metrics(predictions: Iterable[Prediction]) -> dict[str, float]:
-    counts = Counter((predicted, label) for predicted, label, _ in predictions)
-    tp, fp, tn, fn = (counts[key] for key in ((True, True), (True, False), (False, False), (False, True)))
-    total = tp + fp + tn + fn
+def _metrics(predictions: Sequence[Prediction]) -> dict[str, float]:
+    counts = Counter(one.outcome for one in predictions)
+    tp, fp, tn, fn = (counts[outcome] for outcome in ("tp", "fp", "tn", "fn"))
     return {
         "tp": tp,
         "fp": fp,
         "tn": tn,
         "fn": fn,
-        "accuracy": _ratio(tp + tn, total),
+        "accuracy": _ratio(tp + tn, len(predictions)),
         **_f1(tp, fp, fn),
-        "yes_ratio": _ratio(tp + fp, total),
-    }
-
-
-def _is_correct_lmms(prediction: Prediction) -> bool:
-    return prediction[2] == ("yes" if prediction[1] else "no")
-
-
-def _lmms_counts(prediction: Prediction) -> tuple[int, int, int]:
-    """Return whether an answer is a true positive, a false positive, a false negative."""
-    _, label, text = prediction
-    return int(text == "yes" and label), int(text == "yes" and not label), int(text == "no" and label)
-
-
-def _lmms_metrics(predictions: Sequence[Prediction]) -> dict[str, float]:
-    tp, fp, fn = (
-        (sum(column) for column in zip(*map(_lmms_counts, predictions), strict=True)) if predictions else (0, 0, 0)
-    )
-    return {
-        "accuracy": _ratio(sum(map(_is_correct_lmms, predictions)), len(predictions)),
-        **_f1(tp, fp, fn),
-        # As in lmms-eval, of the labels, not of the answers.
-        "yes_ratio": _ratio(sum(label for _, label, _ in predictions), len(predictions)),
+        "yes_ratio": _ratio(tp + fp, len(predictions)),
     }
 
 

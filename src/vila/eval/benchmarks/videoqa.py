@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,66 +66,6 @@ SETS: Mapping[str, VideoSet] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class VideoQuestion:
-    """One question. video: name of the video without suffix."""
-
-    id: str | int
-    video: str
-    question: str
-    answer: str
-
-
-def read_video_questions(path: Path, video_set: VideoSet, notes: list[str]) -> Iterator[VideoQuestion]:
-    """Yield the questions of `path`, paired by position with `test_a.json`; irregularities are added to `notes`.
-
-    Raises DataError naming file and record for missing fields, and for fewer answers than questions.
-    """
-    answers_path = path.with_name("test_a.json")
-    if not answers_path.is_file():
-        raise DataError("no such file", file=answers_path, hint=f"it is in {_SOURCE}")
-    questions, answers = read_json(path), read_json(answers_path)
-    for file, value in ((path, questions), (answers_path, answers)):
-        if not isinstance(value, list):
-            raise DataError(file=file, value=value, expected="a list")
-    if not questions:
-        raise DataError("has no questions", file=path, hint=f"download it: {_SOURCE}")
-    if len(answers) < len(questions):
-        raise DataError(
-            f"{len(answers)} answers for {len(questions)} questions in {path.name}",
-            file=answers_path,
-            hint="are the files of different releases?",
-        )
-    if len(answers) > len(questions):
-        notes.append(f"{video_set.name}: {len(answers) - len(questions)} answers after the last question, ignored")
-    differing = []
-    for number, (question, answer) in enumerate(zip(questions, answers, strict=False), start=1):
-        record = f"row {number}"
-        if not isinstance(answer, dict) or "answer" not in answer:
-            raise DataError("missing", file=answers_path, record=record, field="answer")
-        found = _video_question(question, str(answer["answer"]), video_set, path, record)
-        if str(answer.get("question_id", found.id)) != str(found.id):
-            differing.append(str(found.id))
-        yield found
-    if differing:
-        notes.append(
-            f"{video_set.name}: {len(differing)} answers have another question_id than the question at their position; "
-            f"paired by position, as in the original script: {format_ids(differing)}"
-        )
-
-
-def _video_question(question: Any, answer: str, video_set: VideoSet, path: Path, record: str) -> VideoQuestion:
-    fields = ("question", "question_id") if video_set.named_by_id else ("question", "question_id", "video_name")
-    for key in fields:
-        if not isinstance(question, dict) or not isinstance(question.get(key), str | int):
-            raise DataError("missing", file=path, record=record, field=key)
-    name = question["question_id"]
-    video = str(name).rpartition("_")[0] if video_set.named_by_id else str(question["video_name"])
-    if not video:
-        raise DataError(file=path, record=record, field="question_id", value=name, expected="VIDEO_NUMBER")
-    return VideoQuestion(name, video, str(question["question"]), answer)
-
-
 class VideoQa(AnnotatedBenchmark):
     """Zero-shot video QA: accuracy by an LLM judge, mean over the data sets that are present.
 
@@ -158,20 +98,50 @@ class VideoQa(AnnotatedBenchmark):
         return [item for name, path in self._paths.items() for item in self._set_items(SETS[name], path)]
 
     def _set_items(self, video_set: VideoSet, path: Path) -> list[Item]:
-        items: list[Item] = []
+        """Return the questions of `path`, paired by position with `test_a.json`, whose ids may differ.
+
+        Raises DataError naming file and record for missing fields, and for fewer answers than questions.
+        """
+        answers_path = path.with_name("test_a.json")
+        if not answers_path.is_file():
+            raise DataError("no such file", file=answers_path, hint=f"it is in {_SOURCE}")
+        questions, answers = _read_list(path), _read_list(answers_path)
+        if not questions:
+            raise DataError("has no questions", file=path, hint=f"download it: {_SOURCE}")
+        if len(answers) < len(questions):
+            raise DataError(
+                f"{len(answers)} answers for {len(questions)} questions in {path.name}",
+                file=answers_path,
+                hint="are the files of different releases?",
+            )
         folder = path.parent / video_set.videos
         files = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+        items: list[Item] = []
+        differing: list[str] = []
         counts: Counter[str] = Counter()
-        for question in read_video_questions(path, video_set, self._notes):
-            name = str(question.id)
+        for number, (row, answer) in enumerate(zip(questions, answers, strict=False), start=1):
+            record = f"row {number}"
+            if not isinstance(answer, dict) or "answer" not in answer:
+                raise DataError("missing", file=answers_path, record=record, field="answer")
+            video = _video_name(row, video_set, path, record)
+            name = str(row["question_id"])
+            if str(answer.get("question_id", name)) != name:
+                differing.append(name)
             counts[name] += 1
             item_id = name if counts[name] == 1 else f"{name}#{counts[name]}"
-            candidates = [f"{question.video}{suffix}" for suffix in _SUFFIXES]
-            video = next((file for file in candidates if file in files), candidates[0])
-            messages = (Message.of("user", Video(folder / video), question.question),)
-            items.append(Item(item_id, messages, question.answer, question.video, video_set.name, question.id))
-        if self._is_prefixed:
-            items = [replace(i, id=f"{i.category}/{i.id}", group=f"{i.category}/{i.group}") for i in items]
+            candidates = [f"{video}{suffix}" for suffix in _SUFFIXES]
+            file = next((candidate for candidate in candidates if candidate in files), candidates[0])
+            messages = (Message.of("user", Video(folder / file), str(row["question"])),)
+            if self._is_prefixed:
+                item_id, video = f"{video_set.name}/{item_id}", f"{video_set.name}/{video}"
+            items.append(Item(item_id, messages, str(answer["answer"]), video, video_set.name, row["question_id"]))
+        if more := len(answers) - len(questions):
+            self._notes.append(f"{video_set.name}: {more} answers after the last question, ignored")
+        if differing:
+            self._notes.append(
+                f"{video_set.name}: {len(differing)} answers have another question_id than the question at their "
+                f"position; paired by position, as in the original script: {format_ids(differing)}"
+            )
         return group_items(items, self._limit)
 
     def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
@@ -275,6 +245,25 @@ class VideoQa(AnnotatedBenchmark):
             (summary.no_score, "replies without an integer score: 0 in the average, neither yes nor no"),
             (summary.undecided, "replies with neither yes nor no, counted only in the average"),
         )
+
+
+def _read_list(path: Path) -> list[Any]:
+    value = read_json(path)
+    if not isinstance(value, list):
+        raise DataError(file=path, value=value, expected="a list")
+    return value
+
+
+def _video_name(row: Any, video_set: VideoSet, path: Path, record: str) -> str:
+    """Return the name of the video without suffix, after checking the fields of a question."""
+    for key in ("question", "question_id", *(() if video_set.named_by_id else ("video_name",))):
+        if not isinstance(row, dict) or not isinstance(row.get(key), str | int):
+            raise DataError("missing", file=path, record=record, field=key)
+    name = row["question_id"]
+    video = str(name).rpartition("_")[0] if video_set.named_by_id else str(row["video_name"])
+    if not video:
+        raise DataError(file=path, record=record, field="question_id", value=name, expected="VIDEO_NUMBER")
+    return video
 
 
 class Msvd(VideoQa):
