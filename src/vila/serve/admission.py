@@ -9,16 +9,15 @@ from __future__ import annotations
 import ipaddress
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-from starlette.responses import JSONResponse
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vila.core.errors import ConfigError
-from vila.core.reading import file_errors
+from vila.core.reading import read_text
 from vila.serve.errors import ApiError, too_many_requests
 
 
@@ -40,10 +39,9 @@ class AllowedHosts:
         host = host.lower().rstrip(".")
         return any(host == name or (name.startswith("*.") and host.endswith(name[1:])) for name in self.names)
 
-    def check(self, scope: Mapping[str, Any]) -> None:
+    def check(self, headers: Headers) -> None:
         """Raise ApiError (403) for another `Host`. HTTP/1.0 requests without one pass: browsers do not send them."""
-        hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
-        if not all(self.accepts(host_name(value)) for value in hosts):
+        if not all(self.accepts(host_name(value)) for value in headers.getlist("host")):
             message = "this host name is not allowed; start the server with --allowed-host NAME"
             raise ApiError(403, message, code="host_not_allowed")
 
@@ -61,21 +59,21 @@ class SameOrigin:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward the request, or respond with 403."""
         if scope["type"] in ("http", "websocket"):
+            headers = Headers(scope=scope)
             try:
                 if self.hosts is not None:
-                    self.hosts.check(scope)
-                self._check_origin(scope)
+                    self.hosts.check(headers)
+                self._check_origin(headers)
             except ApiError as error:
-                await JSONResponse(error.body, error.status)(scope, receive, send)
+                await error.response(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
-    def _check_origin(self, scope: Scope) -> None:
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        if (origin := headers.get(b"origin")) is None:
+    def _check_origin(self, headers: Headers) -> None:
+        if (origin := headers.get("origin")) is None:
             return
         page = origin.lower().partition("://")[2]
-        is_own = page == headers.get(b"host", "").lower()
+        is_own = page == headers.get("host", "").lower()
         if not page or not (is_own or (self.hosts is not None and self.hosts.is_named(host_name(page)))):
             raise ApiError(403, "requests from pages of other origins are not allowed", code="origin_not_allowed")
 
@@ -127,8 +125,7 @@ def read_api_keys(given: Iterable[str], file: Path | None, variable: str = "") -
     if variable:
         keys.append((variable, {"field": "VILA_API_KEY"}))
     if file is not None:
-        with file_errors(file, ConfigError):
-            lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in read_text(file, ConfigError).splitlines()]
         found = [(line, number) for number, line in enumerate(lines, start=1) if line and not line.startswith("#")]
         if not found:
             raise ConfigError("contains no key", file=file, expected="one key per line")
@@ -188,9 +185,7 @@ class ConcurrencyLimit:
 
     def release(self, client: str, count: int = 1) -> None:
         """Stop counting `count` answers of a client."""
-        self._active[client] -= count
-        if self._active[client] <= 0:
-            del self._active[client]
+        self._active -= Counter({client: count})
 
 
 def reserved_slots(capacity: int) -> int:

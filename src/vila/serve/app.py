@@ -16,8 +16,8 @@ from vila import __version__
 from vila.core.errors import VilaError
 from vila.serve.admission import AllowedHosts
 from vila.serve.chat import Service
-from vila.serve.errors import ApiError, internal_error, to_api_error
-from vila.serve.middleware import RequestMiddleware, error_response
+from vila.serve.errors import ApiError, internal_error, to_api_error, too_many_requests, unavailable
+from vila.serve.middleware import BodyReader, RequestMiddleware
 from vila.serve.schema import INLINE_BYTES, ChatRequest, parse_request
 
 _ERROR = {"description": "An error object", "content": {"application/json": {"schema": {"type": "object"}}}}
@@ -40,7 +40,8 @@ def create_app(
     origins: Sequence[str] = (),
     hosts: AllowedHosts | None = None,
     root_path: str = "",
-    **timeouts: float,
+    body_s: float = 60.0,
+    stall_s: float = 15.0,
 ) -> FastAPI:
     """Return the application of one server.
 
@@ -48,11 +49,11 @@ def create_app(
     origins:   origins that CORS allows; `*` allows all.
     hosts:     allowed host names; None allows all.
     root_path: path prefix under which a reverse proxy exposes the server.
-    timeouts:  `body_s` and `stall_s` of `RequestMiddleware`.
+    body_s, stall_s: timeouts of a request body and between its chunks, in seconds.
     """
     # FastAPI's documentation pages load scripts from other hosts.
     app = FastAPI(title="vila", version=__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(RequestMiddleware, service=service, keys=keys, hosts=hosts, root_path=root_path, **timeouts)
+    app.add_middleware(RequestMiddleware, metrics=service.metrics, keys=keys, hosts=hosts, root_path=root_path)
     if origins:
         app.add_middleware(
             CORSMiddleware,
@@ -63,7 +64,8 @@ def create_app(
         )
     app.openapi = partial(_openapi, app, app.openapi)  # type: ignore[method-assign]
     _add_error_handlers(app)
-    _add_chat_routes(app, service)
+    app.state.bodies = BodyReader(service.limits.body, 8 * service.limits.body, body_s, stall_s)
+    _add_chat_routes(app, service, app.state.bodies)
     _add_status_routes(app, service)
     return app
 
@@ -79,13 +81,18 @@ def _openapi(app: FastAPI, build: Callable[[], dict[str, Any]]) -> dict[str, Any
     return app.openapi_schema
 
 
-def _add_chat_routes(app: FastAPI, service: Service) -> None:
+def _add_chat_routes(app: FastAPI, service: Service, bodies: BodyReader) -> None:
     models = service.models
 
     @app.post("/v1/chat/completions", responses=_ERRORS, response_model=None, openapi_extra=_REQUEST_BODY)
     async def complete(request: Request) -> Response:
         """Create a chat completion."""
-        body = await request.body()
+        if models.draining:
+            raise unavailable()
+        if models.is_full:
+            raise too_many_requests("too many requests in progress; retry later", 1)
+        body = await bodies.read(request.headers, request.receive, request.state.client)
+        request.state.exits.callback(bodies.release, request.state.client, len(body))
         if len(body) <= INLINE_BYTES:
             return await service.answer(parse_request(body, request.headers), request)
         loop = asyncio.get_running_loop()
@@ -136,10 +143,10 @@ def _add_error_handlers(app: FastAPI) -> None:
             405: f"method {request.method} is not allowed here",
         }
         message = messages.get(error.status_code, str(error.detail))
-        return error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
+        return ApiError(error.status_code, message, headers=error.headers or {}).response
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
-        return error_response(to_api_error(error) or internal_error(request.state.request_id))
+        return (to_api_error(error) or internal_error(request.state.request_id)).response
 
     app.add_exception_handler(ApiError, handle)
     app.add_exception_handler(VilaError, handle)

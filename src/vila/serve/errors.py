@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.responses import JSONResponse
+
 from vila.core.errors import (
     CancelledError,
     ClosedError,
@@ -44,10 +46,15 @@ class ApiError(Exception):
         # Text from the request may hold half of a surrogate pair, which cannot be encoded as UTF-8.
         return {"error": {key: value and value.encode("utf-8", "replace").decode() for key, value in error.items()}}
 
+    @property
+    def response(self) -> JSONResponse:
+        """The HTTP response."""
+        return JSONResponse(self.body, self.status, dict(self.headers))
 
-def unavailable(message: str, retry_after_s: float = 5) -> ApiError:
+
+def unavailable(message: str = "the server is shutting down and accepts no new requests") -> ApiError:
     """Return the 503 error: a model is loading, or the server is shutting down."""
-    return ApiError(503, message, code="unavailable", headers=_retry_after(retry_after_s))
+    return ApiError(503, message, code="unavailable", headers=_retry_after(5))
 
 
 def too_many_requests(message: str, retry_after_s: float) -> ApiError:
@@ -70,7 +77,7 @@ def to_api_error(error: BaseException) -> ApiError | None:
         case EngineDeadError():
             return ApiError(503, "the engine of this model has stopped; restart the server", code="engine_dead")
         case ClosedError():
-            return unavailable("the server is shutting down and accepts no new requests")
+            return unavailable()
         case DeadlineError():
             return ApiError(504, f"{error}; request fewer tokens or retry later", code="timeout")
         case CancelledError():
@@ -89,8 +96,6 @@ def to_api_error(error: BaseException) -> ApiError | None:
 
 def validation_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     """Return the 400 response for pydantic's errors: the first `MAX_REPORTED`, with the parameter of the first one."""
-    if not problems:
-        return ApiError(400, "the body is not a valid request", code="invalid_value")
     located = [(_json_path(problem["loc"]), _problem_text(problem)) for problem in problems[:MAX_REPORTED]]
     lines = [f"{path}: {text}" if path else text for path, text in located]
     more = f"; and {len(problems) - MAX_REPORTED} more" if len(problems) > MAX_REPORTED else ""

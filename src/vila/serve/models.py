@@ -115,7 +115,7 @@ class Models:
     def batcher(self, model: ServedModel) -> Batcher:
         """Return the batcher of a model. Raises ApiError (503) while it is loading or the server is shutting down."""
         if self.draining:
-            raise unavailable("the server is shutting down and accepts no new requests")
+            raise unavailable()
         if model.batcher is None:
             raise unavailable(f"the model {model.name!r} is still loading; retry later")
         return model.batcher
