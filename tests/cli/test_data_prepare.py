@@ -4,7 +4,7 @@ import inspect
 import io
 import json
 import zipfile
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import pytest
 from PIL import Image
@@ -17,7 +17,7 @@ from tests.prepare.test_m3it_flan import row, write_lines, write_tables
 from tests.prepare.test_pkl import write as write_pickle
 from tests.prepare.test_records_json import record
 from tests.prepare.test_resumable_download import document, write_shard
-from vila.cli.data_prepare import FLAGS
+from vila.cli.data_prepare import DownloadFlags
 from vila.core.errors import DataError
 from vila.media.bulk_download import DownloadOptions
 from vila.prepare import coyo, flan, llava_align, m3it, mmc4, pkl, sharegpt4v, work_units
@@ -182,9 +182,7 @@ def test_after_ctrl_c_the_same_command_resumes(prepare, tmp_path, monkeypatch):
 
 
 def test_flags_of_fetching_are_the_rules_with_their_defaults():
-    assert {one.name: one.default for one in fields(DownloadOptions)} == {
-        name: value for name, (_, value, _) in FLAGS.items()
-    }
+    assert asdict(DownloadFlags()) == asdict(DownloadOptions())
 
 
 STEPS = {
@@ -222,7 +220,7 @@ def test_every_option_of_a_step_is_a_flag_with_help_and_its_default(command):
             if option.default is inspect.Parameter.empty or name in ("events", "shard"):
                 continue
             if name == "download":
-                assert {name for name, *_ in FLAGS.values()} <= flags.keys()
+                assert {one.name for one in fields(DownloadFlags)} <= flags.keys()
             elif name == "resize":
                 assert {one.name: flags[one.name].default for one in fields(ResizeRule)} == option.default.settings
             else:

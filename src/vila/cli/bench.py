@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,14 +13,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vila.cli import options
-from vila.cli.options import CheckpointOptions, with_option_groups
-from vila.core.errors import ConfigError, UnknownNameError
+from vila.cli.options import (
+    BackendOptions,
+    CheckpointOptions,
+    check_backend_flags,
+    choose_device,
+    open_model,
+    set_num_threads,
+    with_option_groups,
+)
+from vila.core.errors import ConfigError, UnknownNameError, VilaError
 
 if TYPE_CHECKING:
     from vila.bench.decode import Load, Result
     from vila.bench.quality import Way
     from vila.quant.calibration import Calibration
 
+
+app = typer.Typer(
+    help="Measure speed and quantization quality on this machine.", no_args_is_help=True, rich_markup_mode="rich"
+)
 
 # --- vila bench decode
 
@@ -36,84 +50,103 @@ class Precision(StrEnum):
     FLOAT32 = "float32"
 
 
-def decode(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="[MODEL]", help="Model directory; measured with its own weights.", show_default=False),
-    ] = "",
+@dataclass(frozen=True)
+class ShapeOptions:
+    """Flags of models with random weights."""
+
     shape: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help=f"Model size with random weights: {', '.join(SHAPE_NAMES)}. Repeatable.",
-            show_default=False,
-        ),
-    ] = None,
-    precision: Annotated[
-        list[Precision] | None,
-        typer.Option(
-            parser=options.one_of(Precision, "precision"),
-            metavar=options.names_in(Precision),
-            help="Weight precision of --shape. Repeatable. Default: int4.",
-            show_default=False,
-        ),
-    ] = None,
-    group_size: Annotated[
-        int, typer.Option(help="Input channels per INT4 scale; 0: 128, or 64 if 128 does not fit.", min=0)
-    ] = 0,
-    backend: options.BackendFlag = options.Backend.AUTO,
-    lm_head_bits: options.LMHeadBits = 0,
-    activation_bits: options.ActivationBits = 0,
-    threads: options.Threads = None,
+        typer.Option(metavar="NAME", help=f"Model size with random weights: {', '.join(SHAPE_NAMES)}. Repeatable."),
+    ] = None
+    precision: Annotated[list[Precision] | None, options.choice(Precision, "precision")] = None
+    """Weight precision of --shape. Repeatable. Default: int4."""
+    group_size: Annotated[int, typer.Option(min=0)] = 0
+    """Input channels per INT4 scale; 0: 128, or 64 if 128 does not fit."""
+
+    @property
+    def precisions(self) -> Sequence[Precision]:
+        """Precisions to measure."""
+        return self.precision or [Precision.INT4]
+
+    def check(self) -> None:
+        """Raise UnknownNameError for an unknown shape, ConfigError for a group size that does not divide its widths."""
+        for name in self.shape or ():
+            if name not in SHAPE_NAMES:
+                raise UnknownNameError("shape", name, SHAPE_NAMES, field="--shape")
+        if self.shape and Precision.INT4 in self.precisions:
+            from vila.bench.model_shapes import SHAPES, check_groups
+
+            for name in self.shape:
+                check_groups(SHAPES[name], self.group_size)
+
+
+@dataclass(frozen=True)
+class LoadFlags:
+    """Flags of the measured loads."""
+
+    input_len: Annotated[list[int] | None, typer.Option(min=1)] = None
+    """Prompt length in tokens. Repeatable. Default: 16."""
+    batch_size: Annotated[list[int] | None, typer.Option(min=1)] = None
+    """Batch size. Repeatable. Default: 1."""
+    output_len: Annotated[int, typer.Option(min=2)] = 128
+    """Number of generated tokens per answer."""
+    num_iters: Annotated[int, typer.Option(min=1)] = 5
+    """Number of measured iterations after one warm-up iteration."""
+    check_tokens: Annotated[int, typer.Option(min=0)] = 512
+    """Number of tokens for the top-1 agreement with the reference; 0 skips the comparison."""
+
+    def loads(self) -> list[Load]:
+        """Return the loads to measure."""
+        from vila.bench.decode import Load
+
+        pairs = [(context, batch) for context in self.input_len or [16] for batch in self.batch_size or [1]]
+        return [
+            # The comparison with the reference is the same for every load, so only the first load runs it.
+            Load(context, batch, self.output_len, self.num_iters, 0 if number else self.check_tokens)
+            for number, (context, batch) in enumerate(pairs)
+        ]
+
+
+SHAPE, LOADS = ShapeOptions(), LoadFlags()
+
+
+@app.command()
+@with_option_groups
+def decode(
+    model: Annotated[
+        str, typer.Argument(metavar="[MODEL]", help="Model directory; measured with its own weights.")
+    ] = "",
+    shapes: ShapeOptions = SHAPE,
+    backend: BackendOptions = options.BACKEND,
     device: options.DeviceFlag = options.Device.AUTO,
-    input_len: Annotated[
-        list[int] | None,
-        typer.Option(help="Prompt length in tokens. Repeatable. Default: 16.", min=1, show_default=False),
-    ] = None,
-    batch_size: Annotated[
-        list[int] | None,
-        typer.Option(help="Batch size. Repeatable. Default: 1.", min=1, show_default=False),
-    ] = None,
-    output_len: Annotated[int, typer.Option(help="Number of generated tokens per answer.", min=2)] = 128,
-    num_iters: Annotated[
-        int, typer.Option(help="Number of measured iterations after one warm-up iteration.", min=1)
-    ] = 5,
-    check_tokens: Annotated[
-        int,
-        typer.Option(
-            help="Number of tokens for the top-1 agreement with the reference; 0 skips the comparison.", min=0
-        ),
-    ] = 512,
+    load: LoadFlags = LOADS,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--output", "-o", help="JSON file for all results.", show_default=False, callback=options.output_file
-        ),
+        typer.Option("--output", "-o", help="JSON file for all results.", callback=options.output_file),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Measure prefill and decode throughput of [bold]MODEL[/bold] or of a --shape with random weights."""
     import json
 
-    from vila.cli.options import LoadOptions, check_backend_flags, choose_device, set_num_threads
+    from vila.bench.decode import device_table, result_table
     from vila.cli.progress import Screen
     from vila.core.files import write_json
     from vila.core.system import system_info, version
 
-    if bool(model) == bool(shape):
+    if bool(model) == bool(shapes.shape):
         raise ConfigError("give MODEL or --shape, not both", field="MODEL")
-    if model and (precision or group_size):
+    if model and (shapes.precision or shapes.group_size):
         raise ConfigError("require --shape; a checkpoint has its own", field="--precision and --group-size")
     where = choose_device(device.value)
-    chosen: dict[str, Any] = {"backend": backend, "head_bits": lm_head_bits, "activation_bits": activation_bits}
-    check_backend_flags(LoadOptions(backend=backend, lm_head_bits=lm_head_bits, activation_bits=activation_bits), where)
-    _check_shapes(shape or [], precision or [Precision.INT4], group_size)
-    set_num_threads(threads)
-    loads = _loads(input_len or [16], batch_size or [1], output_len, num_iters, check_tokens)
+    check_backend_flags(backend, where)
+    shapes.check()
+    set_num_threads(backend.threads)
+    loads = load.loads()
     results: list[Result] = []
     with Screen() as screen:
-        for opened in _models(model, shape or [], precision or [Precision.INT4], group_size, where, loads):
-            results += _measured(opened, chosen, loads, screen)
+        for opened in _models(model, shapes, where, loads):
+            results += _measured(opened, backend.engine_arguments, loads, screen)
     facts = {
         **system_info(),
         "onnxruntime": version("onnxruntime"),
@@ -126,42 +159,17 @@ def decode(
     if as_json:
         typer.echo(json.dumps(whole))
         return
-    from vila.bench.decode import device_table, result_table
-
     typer.echo(json.dumps(facts))
     typer.echo(result_table(results) + "\n")
-    if any(name in ("vila-7b", "vila-13b") for name in shape or ()):
+    if any(name in ("vila-7b", "vila-13b") for name in shapes.shape or ()):
         typer.echo(device_table(results, _device_name(where)))
 
 
-def _check_shapes(shapes: list[str], precisions: list[Precision], group_size: int) -> None:
-    """Raise UnknownNameError for an unknown shape, ConfigError for a group size that does not divide its widths."""
-    for name in shapes:
-        if name not in SHAPE_NAMES:
-            raise UnknownNameError("shape", name, SHAPE_NAMES, field="--shape")
-    if shapes and Precision.INT4 in precisions:
-        from vila.bench.model_shapes import SHAPES, check_groups
-
-        for name in shapes:
-            check_groups(SHAPES[name], group_size)
-
-
-def _loads(contexts: list[int], batches: list[int], tokens: int, runs: int, check: int) -> list[Load]:
-    from vila.bench.decode import Load
-
-    # The comparison with the reference is the same for every load, so only the first load runs it.
-    pairs = [(context, batch) for context in contexts for batch in batches]
-    return [Load(context, batch, tokens, runs, 0 if number else check) for number, (context, batch) in enumerate(pairs)]
-
-
-def _models(
-    model: str, shapes: list[str], precisions: list[Precision], group_size: int, device: str, loads: list[Load]
-) -> Any:
+def _models(model: str, shapes: ShapeOptions, device: str, loads: list[Load]) -> Any:
     """Yield titles and models; one model is in memory at a time."""
     import torch
 
     if model:
-        from vila.cli.options import open_model
         from vila.model.loading import build_model, choose_dtype
 
         checkpoint = open_model(model)
@@ -170,10 +178,10 @@ def _models(
     from vila.bench.model_shapes import SHAPES, random_model
 
     context = max(512, *(load.context + load.tokens for load in loads), *(load.check + 1 for load in loads))
-    for name in shapes:
-        for kind in precisions:
+    for name in shapes.shape or ():
+        for kind in shapes.precisions:
             is_int4 = kind is Precision.INT4
-            size = (group_size or (64 if SHAPES[name].width % 128 else 128)) if is_int4 else 0
+            size = (shapes.group_size or (64 if SHAPES[name].width % 128 else 128)) if is_int4 else 0
             # Embeddings and LM head of an INT4 model have the compute dtype of the device.
             dtype = ("float32" if device == "cpu" else "float16") if is_int4 else kind.value
             yield (
@@ -210,9 +218,34 @@ def _threads() -> int:
 WAYS = ("full", "rtn", "awq", "awq-images", "best")
 
 
+@dataclass(frozen=True)
+class MethodOptions:
+    """Flags of the compared quantizations."""
+
+    methods: Annotated[
+        str,
+        typer.Option(
+            help=f"Comma-separated methods to compare, first full (not quantized): {', '.join(WAYS)}. "
+            "awq-images requires --image-calib-data."
+        ),
+    ] = "full,rtn,awq,best"
+    num_calib_sequences: Annotated[int, typer.Option(min=1)] = 2
+    """Number of 512-token calibration sequences of awq."""
+    num_calib_sequences_best: Annotated[int, typer.Option(min=1)] = 16
+    """Number of 512-token calibration sequences of best."""
+    image_calib_data: Annotated[str, typer.Option(metavar="RECIPE")] = ""
+    """Recipe with image-text calibration data of awq-images."""
+    num_calib_samples: Annotated[int, typer.Option(min=1)] = 32
+    """Number of samples of --image-calib-data."""
+
+
+METHODS = MethodOptions()
+
+
+@app.command()
 @with_option_groups
 def quality(
-    model: options.RequiredModel,
+    model: options.Model,
     out: Annotated[
         Path,
         typer.Option(
@@ -225,36 +258,14 @@ def quality(
     group_size: Annotated[
         int | None,
         typer.Option(
-            help="Input channels per scale. Default: the largest of 128, 64 and 32 that divides the layer widths.",
-            show_default=False,
+            help="Input channels per scale. Default: the largest of 128, 64 and 32 that divides the layer widths."
         ),
     ] = None,
-    methods: Annotated[
-        str,
-        typer.Option(
-            help=f"Comma-separated methods to compare, first full (not quantized): {', '.join(WAYS)}. "
-            "awq-images requires --image-calib-data."
-        ),
-    ] = "full,rtn,awq,best",
-    num_calib_sequences: Annotated[
-        int, typer.Option(help="Number of 512-token calibration sequences of awq.", min=1)
-    ] = 2,
-    num_calib_sequences_best: Annotated[
-        int, typer.Option(help="Number of 512-token calibration sequences of best.", min=1)
-    ] = 16,
-    image_calib_data: Annotated[
-        str,
-        typer.Option(
-            metavar="RECIPE", help="Recipe with image-text calibration data of awq-images.", show_default=False
-        ),
-    ] = "",
-    num_calib_samples: Annotated[int, typer.Option(help="Number of samples of --image-calib-data.", min=1)] = 32,
+    methods: MethodOptions = METHODS,
     num_eval_sequences: Annotated[
         int, typer.Option(help="Number of 512-token evaluation sequences; 0 uses all.", min=0)
     ] = 0,
-    easy_vqa: Annotated[
-        Path | None, typer.Option(help="easy-VQA directory. Default: no accuracy is measured.", show_default=False)
-    ] = None,
+    easy_vqa: Annotated[Path | None, typer.Option(help="easy-VQA directory. Default: no accuracy is measured.")] = None,
     limit: Annotated[int, typer.Option(help="Approximate number of easy-VQA questions; 0 uses all.", min=0)] = 1000,
     checkpoint_options: CheckpointOptions = options.CHECKPOINT,
 ) -> None:
@@ -282,16 +293,7 @@ def quality(
     with Screen() as screen:
         size = group_size or default_group_size(shapes)
         check_layers(shapes, size)
-        asked = _ways(
-            methods,
-            processor,
-            size,
-            num_calib_sequences,
-            num_calib_sequences_best,
-            image_calib_data,
-            num_calib_samples,
-            screen,
-        )
+        asked = _ways(methods, processor, size, screen)
         what = quality_task(processor.tokenizer, max_blocks=num_eval_sequences, easy_vqa=easy_vqa, questions=limit)
         result = measure_quality(load, asked, what, target, events=screen)
     write_quality_report(result, {"model": portable_path(model, target), **system_info()}, target / "quality.html")
@@ -299,33 +301,23 @@ def quality(
     typer.echo(f"{target / 'quality.html'}")
 
 
-def _ways(
-    names: str,
-    processor: Any,
-    group_size: int,
-    rows: int,
-    best_rows: int,
-    image_calib: str,
-    samples: int,
-    screen: Any,
-) -> list[Way]:
-    from dataclasses import replace
-
+def _ways(flags: MethodOptions, processor: Any, group_size: int, screen: Any) -> list[Way]:
     from vila.bench.quality import Way
     from vila.cli.quantize import load_calibration
-    from vila.core.errors import ConfigError, UnknownNameError
     from vila.quant.calibration import join_calibrations
     from vila.quant.quant_config import BEST, QuantConfig
 
-    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    chosen = [name.strip() for name in flags.methods.split(",") if name.strip()]
     for name in chosen:
         if name not in WAYS:
             raise UnknownNameError("method", name, WAYS, field="--methods")
     if chosen[:1] != ["full"]:
-        raise ConfigError(field="--methods", value=names, expected="full first; the others are compared with it")
+        raise ConfigError(
+            field="--methods", value=flags.methods, expected="full first; the others are compared with it"
+        )
 
-    def text(count: int) -> Calibration:
-        return load_calibration(["packaged"], processor, count, samples, screen)
+    def calibration(data: str, count: int) -> Calibration:
+        return load_calibration([data], processor, count, flags.num_calib_samples, screen)
 
     awq = QuantConfig(group_size=group_size)
     out = []
@@ -335,21 +327,24 @@ def _ways(
         elif name == "rtn":
             out.append(Way(name, QuantConfig("rtn", group_size=group_size)))
         elif name == "awq":
-            out.append(Way(name, awq, text(rows)))
+            out.append(Way(name, awq, calibration("packaged", flags.num_calib_sequences)))
         elif name == "best":
-            out.append(Way(name, replace(BEST, group_size=group_size), text(best_rows)))
+            out.append(
+                Way(name, replace(BEST, group_size=group_size), calibration("packaged", flags.num_calib_sequences_best))
+            )
         else:
-            if not image_calib:
+            if not flags.image_calib_data:
                 hint = "give a recipe with image-text samples"
                 raise ConfigError("required by awq-images", field="--image-calib-data", hint=hint)
-            images = load_calibration([image_calib], processor, rows, samples, screen)
-            out.append(Way(name, awq, join_calibrations(text(rows), images)))
+            data = [calibration(source, flags.num_calib_sequences) for source in ("packaged", flags.image_calib_data)]
+            out.append(Way(name, awq, join_calibrations(*data)))
     return out
 
 
 # --- vila bench serve
 
 
+@app.command()
 def serve(
     target: Annotated[
         str,
@@ -357,9 +352,7 @@ def serve(
             metavar="MODEL|URL", help="Model directory, which is served during the run, or URL of a server."
         ),
     ],
-    served_model_name: Annotated[
-        str, typer.Option(help="Model name at the server. Default: the first model.", show_default=False)
-    ] = "",
+    served_model_name: Annotated[str, typer.Option(help="Model name at the server. Default: the first model.")] = "",
     max_concurrency: Annotated[
         str, typer.Option(metavar="N,N", help="Closed loop: numbers of concurrent requests, comma-separated.")
     ] = "1,4,8",
@@ -368,7 +361,6 @@ def serve(
         typer.Option(
             metavar="R,R",
             help="Open loop: request rates per second with Poisson arrivals, comma-separated.",
-            show_default=False,
         ),
     ] = "",
     num_prompts: Annotated[int, typer.Option(help="Number of prompts per load.", min=1)] = 32,
@@ -382,7 +374,6 @@ def serve(
             "--output",
             "-o",
             help="Output directory for load.json and load.html.",
-            show_default=False,
             callback=options.output_directory,
         ),
     ] = None,
@@ -398,7 +389,6 @@ def serve(
 
     from vila.bench.serve import Server, make_requests, measure, save, served_model, table
     from vila.cli.progress import Screen
-    from vila.core.errors import VilaError
     from vila.core.files import portable_path
     from vila.core.optional import require_extra
 
@@ -452,8 +442,6 @@ def serve(
 
 
 def _numbers(option: str, text: str, *, whole: bool = False) -> list[float]:
-    from vila.core.errors import ConfigError
-
     try:
         found = [int(part) if whole else float(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -461,11 +449,3 @@ def _numbers(option: str, text: str, *, whole: bool = False) -> list[float]:
     if any(number <= 0 for number in found):
         raise ConfigError(field=option, value=text, expected="comma-separated numbers above 0")
     return found
-
-
-app = typer.Typer(
-    help="Measure speed and quantization quality on this machine.", no_args_is_help=True, rich_markup_mode="rich"
-)
-app.command()(decode)
-app.command()(quality)
-app.command()(serve)

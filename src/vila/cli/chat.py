@@ -41,7 +41,7 @@ CHAT_SAMPLING = SamplingOptions(max_new_tokens=512)
 
 @with_option_groups
 def chat(
-    model: options.RequiredModel,
+    model: options.Model,
     system: options.System = None,
     num_video_frames: options.NumVideoFrames = None,
     loading: LoadOptions = options.LOAD,

@@ -21,7 +21,6 @@ def compare(
             "--output",
             "-o",
             help="Output directory of the report. Default: compare/ in SECOND.",
-            show_default=False,
             callback=options.output_directory,
         ),
     ] = None,

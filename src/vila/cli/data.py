@@ -41,7 +41,7 @@ _Data = Annotated[
 _Format = Annotated[str, typer.Option("--format", help="Data format of FILE. Default: messages.", show_default=False)]
 _ImageRoot = Annotated[
     str,
-    typer.Option(help="Base directory of relative image paths. Default: the directory of FILE.", show_default=False),
+    typer.Option(help="Base directory of relative image paths. Default: the directory of FILE."),
 ]
 _Options = Annotated[
     list[str] | None,
@@ -116,7 +116,6 @@ def check(
         typer.Option(
             metavar="DIR",
             help="Save up to 8 preprocessed images per data set as PNG, as the vision tower sees them.",
-            show_default=False,
             callback=output_directory,
         ),
     ] = None,
@@ -156,7 +155,7 @@ def inspect(
     model: _Model = "",
     html: Annotated[
         Path | None,
-        typer.Option(help="Also write an HTML page with the images.", show_default=False, callback=output_file),
+        typer.Option(help="Also write an HTML page with the images.", callback=output_file),
     ] = None,
 ) -> None:
     """Show samples as the model sees them; trained text is green and in angle quotes."""

@@ -2,73 +2,137 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from enum import StrEnum
-from functools import wraps
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 from vila.cli import options
+from vila.cli.options import with_option_groups
 from vila.core.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
-    from vila.prepare.resumable_download import ResizeRule
     from vila.prepare.work_units import Counts
 
 
-# --- shared flags and output
+app = typer.Typer(
+    help="Convert public data sets to training shards. Every command resumes after an interruption.",
+    no_args_is_help=True,
+)
 
-_STORED = "Stored images"
+# --- shared flags and output
 
 Sources = Annotated[list[Path], typer.Argument(help="Published files; pass all of them to every worker.")]
 Out = Annotated[
     Path,
     typer.Option("--output", "-o", help="Output directory, one per data set.", callback=options.output_directory),
 ]
-Shard = Annotated[str, typer.Option(metavar="K/N", help="Index of this worker (from 0) and number of workers.")]
-PerShard = Annotated[int, typer.Option(help="Maximum number of samples per shard.", min=1)]
-KeepParts = Annotated[
-    bool,
-    typer.Option(
-        "--keep-intermediate/--delete-intermediate",
-        help="Keep intermediate files in OUT/parts; doubles the disk space.",
-    ),
-]
 Decode = Annotated[
     bool,
     typer.Option("--decode-images", help="Also decode every image as a check; about 160 images per second and core."),
 ]
-ShortSide = Annotated[
-    int,
-    typer.Option(
-        help="Resize images so that their shorter side has at most this many pixels; 0 stores the original bytes.",
-        min=0,
-        rich_help_panel=_STORED,
-    ),
-]
-Quality = Annotated[
-    int, typer.Option(help="JPEG quality of resized images, 1 to 100.", min=1, max=100, rich_help_panel=_STORED)
-]
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """Flags of work that several workers share."""
+
+    shard: Annotated[str, typer.Option(metavar="K/N")] = "0/1"
+    """Index of this worker (from 0) and number of workers."""
+    samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000
+    """Maximum number of samples per shard."""
+    keep_intermediate: Annotated[bool, typer.Option("--keep-intermediate/--delete-intermediate")] = True
+    """Keep intermediate files in OUT/parts; doubles the disk space."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments of the steps in `vila.prepare`. Raises ConfigError."""
+        shard = parse_shard(self.shard)
+        return {"shard": shard, "per_shard": self.samples_per_shard, "keep_parts": self.keep_intermediate}
+
+
+@dataclass(frozen=True)
+class ResizeOptions:
+    """Flags of images that are downloaded."""
+
+    panel: ClassVar = "Stored images"
+
+    short_side: Annotated[int, typer.Option(min=0)] = 336
+    """Resize images so that their shorter side has at most this many pixels; 0 stores the original bytes."""
+    quality: Annotated[int, typer.Option(min=1, max=100)] = 90
+    """JPEG quality of resized images, 1 to 100."""
+
+
+@dataclass(frozen=True)
+class DownloadFlags:
+    """Flags of downloads: the fields of `DownloadOptions`, whose module imports network code."""
+
+    panel: ClassVar = "Downloading"
+
+    max_connections: int = 256
+    """Maximum number of concurrent requests."""
+    max_connections_per_host: int = 4
+    """Maximum number of concurrent requests per host; use 1 with many workers."""
+    host_delay_s: float = 0.05
+    """Minimum delay in seconds between requests to one host."""
+    connect_timeout_s: float = 5.0
+    """Timeout in seconds for DNS and TCP connection, and again for TLS."""
+    read_timeout_s: float = 10.0
+    """Timeout in seconds without received data."""
+    total_timeout_s: float = 30.0
+    """Timeout in seconds per attempt, redirects included."""
+    max_attempts: int = 3
+    """Maximum number of attempts after timeouts, broken connections and busy servers."""
+    initial_backoff_s: float = 1.0
+    """Delay in seconds before the second attempt; doubles with each attempt."""
+    max_retry_after_s: float = 60.0
+    """Maximum accepted Retry-After in seconds; longer ones are failures."""
+    max_bytes: Annotated[int, typer.Option("--max-image-bytes")] = 20 * 2**20
+    """Maximum size of an image in bytes."""
+    max_redirects: int = 5
+    """Maximum number of redirects per attempt."""
+    allow_private: Annotated[bool, typer.Option("--allow-private-urls/--no-allow-private-urls")] = False
+    """Allow private and local addresses."""
+    respect_noai: bool = True
+    """Skip images whose X-Robots-Tag header has noai or noimageai."""
+    user_agent: str = "vila"
+    """User-Agent header; include a contact for large downloads."""
+
+
+WORK_1000 = WorkerOptions()
+WORK_5000 = WorkerOptions(samples_per_shard=5000)
+WORK_10_000 = WorkerOptions(samples_per_shard=10_000)
+WORK_50_000 = WorkerOptions(samples_per_shard=50_000)
+RESIZE, DOWNLOAD = ResizeOptions(), DownloadFlags()
 
 
 def parse_shard(text: str) -> tuple[int, int]:
     """Parse `2/8` as (2, 8). Raises ConfigError."""
-    from vila.core.errors import ConfigError
-
     index, _, workers = text.partition("/")
     if not (index.isdecimal() and workers.isdecimal() and int(index) < int(workers)):
         raise ConfigError(field="--shard", value=text, expected="K/N with K from 0 to N - 1, such as 0/4")
     return int(index), int(workers)
 
 
-def resize_rule(short_side: int, quality: int) -> ResizeRule:
-    """Return the resize rule of `--short-side` and `--quality`."""
+def _download_settings(work: WorkerOptions, resize: ResizeOptions, fetch: DownloadFlags) -> dict[str, Any]:
+    """Return the arguments of the steps that download images. Raises ConfigError."""
+    from vila.media.bulk_download import DownloadOptions
     from vila.prepare.resumable_download import ResizeRule
 
-    return ResizeRule(short_side or None, quality)
+    rule = ResizeRule(resize.short_side or None, resize.quality)
+    return {**work.settings(), "download": DownloadOptions(**asdict(fetch)), "resize": rule}
+
+
+def _run(step: Callable[..., dict[str, Any] | None], out: Path) -> None:
+    """Run a step with a progress bar, and print its counts."""
+    from vila.cli.progress import Screen
+
+    with Screen() as screen:
+        index = step(events=screen)
+    print_counts(index, out)
 
 
 def print_counts(index: dict[str, Any] | None, out: Path) -> None:
@@ -97,73 +161,6 @@ def print_table(title: str, counts: dict[str, Any]) -> None:
     Console().print(table)
 
 
-# --- download flags
-# One flag per field of `DownloadOptions`; listed here because `--help` must not import network code.
-
-_PANEL = "Downloading"
-FLAGS: dict[str, tuple[str, int | float | bool | str, str]] = {
-    "max_connections": ("max_connections", 256, "Maximum number of concurrent requests."),
-    "max_connections_per_host": (
-        "max_connections_per_host",
-        4,
-        "Maximum number of concurrent requests per host; use 1 with many workers.",
-    ),
-    "host_delay_s": ("host_delay_s", 0.05, "Minimum delay in seconds between requests to one host."),
-    "connect_timeout_s": (
-        "connect_timeout_s",
-        5.0,
-        "Timeout in seconds for DNS and TCP connection, and again for TLS.",
-    ),
-    "read_timeout_s": ("read_timeout_s", 10.0, "Timeout in seconds without received data."),
-    "total_timeout_s": ("total_timeout_s", 30.0, "Timeout in seconds per attempt, redirects included."),
-    "max_attempts": (
-        "max_attempts",
-        3,
-        "Maximum number of attempts after timeouts, broken connections and busy servers.",
-    ),
-    "initial_backoff_s": (
-        "initial_backoff_s",
-        1.0,
-        "Delay in seconds before the second attempt; doubles with each attempt.",
-    ),
-    "max_retry_after_s": (
-        "max_retry_after_s",
-        60.0,
-        "Maximum accepted Retry-After in seconds; longer ones are failures.",
-    ),
-    "max_bytes": ("max_image_bytes", 20 * 2**20, "Maximum size of an image in bytes."),
-    "max_redirects": ("max_redirects", 5, "Maximum number of redirects per attempt."),
-    "allow_private": ("allow_private_urls", False, "Allow private and local addresses."),
-    "respect_noai": ("respect_noai", True, "Skip images whose X-Robots-Tag header has noai or noimageai."),
-    "user_agent": ("user_agent", "vila", "User-Agent header; include a contact for large downloads."),
-}
-"""Parameter name of the flag, default and help by field of `DownloadOptions`."""
-
-
-def with_fetch_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Add download flags to `command`, which gets them as keyword `fetch`, a mapping of fields of `DownloadOptions`."""
-    own = inspect.signature(command, eval_str=True)
-    flags = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=default,
-            annotation=Annotated[type(default), typer.Option(help=text, rich_help_panel=_PANEL)],
-        )
-        for name, default, text in FLAGS.values()
-    ]
-
-    @wraps(command)
-    def wrapper(**given: Any) -> None:
-        fetch = {field: given.pop(name) for field, (name, *_) in FLAGS.items()}
-        command(**given, fetch=fetch)
-
-    kept = [one for name, one in own.parameters.items() if name != "fetch"]
-    wrapper.__signature__ = own.replace(parameters=[*kept, *flags])  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {one.name: one.annotation for one in [*kept, *flags]} | {"return": None}
-    return wrapper
-
-
 # --- data sets with image URLs
 
 _Keep = Annotated[
@@ -173,88 +170,49 @@ _Threshold = Annotated[float, typer.Option(help="Minimum sum of both CLIP simila
 _PerList = Annotated[int, typer.Option(help="Rows per list; a list is one unit of work.", min=1)]
 
 
-@with_fetch_flags
+@app.command()
+@with_option_groups
 def mmc4(
     sources: Sources,
     out: Out,
-    shard: Shard = "0/1",
-    samples_per_shard: PerShard = 1000,
+    work: WorkerOptions = WORK_1000,
     drop_incomplete: Annotated[
         bool,
         typer.Option("--drop-incomplete", help="Drop a document at its first missing image, as the original does."),
     ] = False,
-    keep_intermediate: KeepParts = True,
-    short_side: ShortSide = 336,
-    quality: Quality = 90,
-    *,
-    fetch: Mapping[str, Any],
+    resize: ResizeOptions = RESIZE,
+    fetch: DownloadFlags = DOWNLOAD,
 ) -> None:
     """Download the images of MMC4 documents (.jsonl, .jsonl.gz or .jsonl.zip)."""
-    from vila.cli.progress import Screen
-    from vila.media.bulk_download import DownloadOptions
     from vila.prepare.mmc4 import prepare_mmc4
 
-    own, resize, rules = parse_shard(shard), resize_rule(short_side, quality), DownloadOptions(**fetch)
-    with Screen() as screen:
-        index = prepare_mmc4(
-            sources,
-            out,
-            drop_incomplete=drop_incomplete,
-            download=rules,
-            resize=resize,
-            per_shard=samples_per_shard,
-            shard=own,
-            keep_parts=keep_intermediate,
-            events=screen,
-        )
-    print_counts(index, out)
+    settings = _download_settings(work, resize, fetch)
+    _run(partial(prepare_mmc4, sources, out, drop_incomplete=drop_incomplete, **settings), out)
 
 
-@with_fetch_flags
+@app.command()
+@with_option_groups
 def coyo(
     sources: Sources,
     out: Out,
     keep_fraction: _Keep = 0.2,
     min_clip_score: _Threshold = 0.6,
     rows_per_list: _PerList = 12_440,
-    shard: Shard = "0/1",
-    samples_per_shard: PerShard = 10_000,
-    keep_intermediate: KeepParts = True,
-    short_side: ShortSide = 336,
-    quality: Quality = 90,
-    *,
-    fetch: Mapping[str, Any],
+    work: WorkerOptions = WORK_10_000,
+    resize: ResizeOptions = RESIZE,
+    fetch: DownloadFlags = DOWNLOAD,
 ) -> None:
     """Select the best pairs of COYO parquet files (lists in OUT/lists) and download their images."""
     from vila.cli.progress import Screen
-    from vila.media.bulk_download import DownloadOptions
     from vila.prepare.coyo import prepare_coyo, select_coyo
 
-    own, resize, rules = parse_shard(shard), resize_rule(short_side, quality), DownloadOptions(**fetch)
+    settings = _download_settings(work, resize, fetch)
+    select = {"share": keep_fraction, "threshold": min_clip_score, "rows_per_unit": rows_per_list}
     lists = out / "lists"
     with Screen() as screen:
-        select_coyo(
-            sources,
-            lists,
-            share=keep_fraction,
-            threshold=min_clip_score,
-            rows_per_unit=rows_per_list,
-            shard=own,
-            events=screen,
-        )
+        select_coyo(sources, lists, **select, shard=settings["shard"], events=screen)  # type: ignore[arg-type]
         chosen = _selected(sources, lists)
-        index = None
-        if chosen:
-            index = prepare_coyo(
-                chosen[0],
-                out,
-                download=rules,
-                resize=resize,
-                per_shard=samples_per_shard,
-                shard=own,
-                keep_parts=keep_intermediate,
-                events=screen,
-            )
+        index = prepare_coyo(chosen[0], out, **settings, events=screen) if chosen else None
     if chosen:
         print_table("rows of the tables", chosen[1].as_json())
     print_counts(index, out)
@@ -281,14 +239,6 @@ def _selected(sources: Sequence[Path], lists: Path) -> tuple[list[Path], Counts]
     return files, Counts.total(counts for _, counts in found)
 
 
-app = typer.Typer(
-    help="Convert public data sets to training shards. Every command resumes after an interruption.",
-    no_args_is_help=True,
-)
-app.command()(mmc4)
-app.command()(coyo)
-
-
 class _Kind(StrEnum):
     MMC4 = "mmc4"
     COYO = "coyo"
@@ -303,12 +253,9 @@ def llava_align(
     decode_images: Decode = False,
 ) -> None:
     """Convert LLaVA-CC3M-Pretrain-595K; drops incomplete records."""
-    from vila.cli.progress import Screen
     from vila.prepare.llava_align import prepare_llava_align
 
-    with Screen() as screen:
-        index = prepare_llava_align(source, images, out, decode=decode_images, events=screen)
-    print_counts(index, out)
+    _run(partial(prepare_llava_align, source, images, out, decode=decode_images), out)
 
 
 @app.command()
@@ -322,20 +269,16 @@ def sharegpt4v(
     decode_images: Decode = False,
 ) -> None:
     """Convert ShareGPT4V; drops SA-1B images and repetitive answers."""
-    from vila.cli.progress import Screen
-    from vila.core.errors import ConfigError
     from vila.prepare.sharegpt4v import prepare_sharegpt4v
 
     if decode_images and image_root is None:
         raise ConfigError("requires --image-root", field="--decode-images")
-    with Screen() as screen:
-        index = prepare_sharegpt4v(
-            source, out, images=image_root, keep_sam=keep_sam, decode=decode_images, events=screen
-        )
-    print_counts(index, out)
+    step = partial(prepare_sharegpt4v, source, out, images=image_root, keep_sam=keep_sam, decode=decode_images)
+    _run(step, out)
 
 
 @app.command()
+@with_option_groups
 def m3it(
     folder: Annotated[
         Path,
@@ -346,68 +289,41 @@ def m3it(
         list[str] | None,
         typer.Option("--dataset", help="Data set to convert. Repeatable. Default: the 14 data sets of the recipe."),
     ] = None,
-    shard: Shard = "0/1",
-    samples_per_shard: PerShard = 5000,
-    keep_intermediate: KeepParts = True,
+    work: WorkerOptions = WORK_5000,
 ) -> None:
     """Convert the training files of M3IT data sets to image-question-answer samples."""
-    from vila.cli.progress import Screen
     from vila.prepare.m3it import prepare_m3it
 
-    own, sources = parse_shard(shard), training_files(folder, sets or ())
-    with Screen() as screen:
-        index = prepare_m3it(
-            sources, out, per_shard=samples_per_shard, shard=own, keep_parts=keep_intermediate, events=screen
-        )
-    print_counts(index, out)
+    settings = work.settings()
+    _run(partial(prepare_m3it, training_files(folder, sets or ()), out, **settings), out)
 
 
 @app.command()
+@with_option_groups
 def flan(
     sources: Sources,
     out: Out,
     num_rows: Annotated[int, typer.Option(help="Total number of rows to take.", min=1)] = 1_000_000,
-    shard: Shard = "0/1",
-    samples_per_shard: PerShard = 50_000,
-    keep_intermediate: KeepParts = True,
+    work: WorkerOptions = WORK_50_000,
 ) -> None:
     """Convert evenly spaced rows of FLAN parquet files."""
-    from vila.cli.progress import Screen
     from vila.prepare.flan import prepare_flan
 
-    own = parse_shard(shard)
-    with Screen() as screen:
-        index = prepare_flan(
-            sources,
-            out,
-            rows=num_rows,
-            per_shard=samples_per_shard,
-            shard=own,
-            keep_parts=keep_intermediate,
-            events=screen,
-        )
-    print_counts(index, out)
+    _run(partial(prepare_flan, sources, out, rows=num_rows, **work.settings()), out)
 
 
 @app.command()
+@with_option_groups
 def pkl(
     folder: Annotated[Path, typer.Argument(help="Directory of the original .pkl and .count files, at any depth.")],
     kind: Annotated[_Kind, typer.Option(help="Content: mmc4 documents, coyo image-text pairs, or vflan questions.")],
     out: Out,
-    shard: Shard = "0/1",
-    samples_per_shard: PerShard = 1000,
-    keep_intermediate: KeepParts = True,
+    work: WorkerOptions = WORK_1000,
 ) -> None:
     """Convert the pickled shards of the original; no pickle code is executed."""
-    from vila.cli.progress import Screen
     from vila.prepare.pkl import convert_pickles
 
-    own = parse_shard(shard)
-    with Screen() as screen:
-        index = convert_pickles(
-            folder, out, kind.value, per_shard=samples_per_shard, shard=own, keep_parts=keep_intermediate, events=screen
-        )
-    print_counts(index, out)
+    _run(partial(convert_pickles, folder, out, kind.value, **work.settings()), out)
 
 
 # --- M3IT files

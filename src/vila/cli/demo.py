@@ -17,9 +17,7 @@ def demo(
     ] = None,
     base_url: Annotated[
         str,
-        typer.Option(
-            metavar="URL", help="URL of a running OpenAI-compatible server, instead of MODEL.", show_default=False
-        ),
+        typer.Option(metavar="URL", help="URL of a running OpenAI-compatible server, instead of MODEL."),
     ] = "",
     key: Annotated[
         str, typer.Option("--api-key-env", help="Environment variable with the API key of --base-url.")
@@ -33,7 +31,6 @@ def demo(
         typer.Option(
             metavar="NAME",
             help="Additional accepted Host header; *.NAME matches all subdomains. Repeatable.",
-            show_default=False,
         ),
     ] = None,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = False,

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from vila.cli import options
-from vila.cli.options import Backend, LoadOptions, StderrLog, check_backend_flags, set_num_threads
+from vila.cli.options import BackendOptions, StderrLog, check_backend_flags, set_num_threads, with_option_groups
 
 if TYPE_CHECKING:
     from vila.eval.benchmark import Benchmark
@@ -25,13 +25,13 @@ JudgeOption = Annotated[
         help="LLM judge of open-ended answers (video QA): URL of an OpenAI-compatible server, a file of replies, or "
         "`none` to write the requests to a file.",
         metavar="URL|FILE|none",
-        show_default=False,
     ),
 ]
 JudgeModelOption = Annotated[str, typer.Option(help="Model name at the judge server.")]
 DEFAULT_JUDGE = "gpt-3.5-turbo"
 
 
+@with_option_groups
 def evaluate(
     model: Annotated[
         str, typer.Argument(help="Model directory, or Hub id OWNER/NAME; with --base-url any name for the run.")
@@ -69,10 +69,7 @@ def evaluate(
     ] = "0",
     dtype: options.ComputeDtype = options.Dtype.AUTO,
     device: Annotated[str, typer.Option(help="Device: cpu, cuda or cuda:N. Default: CUDA if available.")] = "",
-    backend: options.BackendFlag = options.Backend.AUTO,
-    lm_head_bits: options.LMHeadBits = 0,
-    activation_bits: options.ActivationBits = 0,
-    threads: options.Threads = None,
+    backend: BackendOptions = options.BACKEND,
     base_url: Annotated[
         str, typer.Option(help="URL of an OpenAI-compatible server to evaluate instead of a local model.")
     ] = "",
@@ -109,18 +106,9 @@ def evaluate(
     check_writable(root, field="--output")
     check_judge(judge)
     world = open_world("replicate")
-    set_num_threads(threads)
-    source = _ModelSource(
-        model,
-        base_url,
-        served_model,
-        dtype.value,
-        _checked_device(device or str(world.device)),
-        template,
-        backend,
-        lm_head_bits,
-        activation_bits,
-    )
+    set_num_threads(backend.threads)
+    device = _checked_device(device or str(world.device))
+    source = _ModelSource(model, base_url, served_model, dtype.value, device, template, backend)
     source.check()
     runs: list[BenchmarkRun] = []
     with Screen() as screen:
@@ -215,9 +203,7 @@ class _ModelSource:
     dtype: str
     device: str
     template: str
-    backend: Backend
-    head_bits: int
-    activation_bits: int
+    backend: BackendOptions
 
     def check(self) -> None:
         """Check names, template and backend; downloads a model from the Hub. Raises VilaError."""
@@ -227,8 +213,7 @@ class _ModelSource:
             if not self.served:
                 raise ConfigError("requires --served-model-name", field="--base-url")
             return
-        loading = LoadOptions(backend=self.backend, lm_head_bits=self.head_bits, activation_bits=self.activation_bits)
-        check_backend_flags(loading, self.device.partition(":")[0])
+        check_backend_flags(self.backend, self.device.partition(":")[0])
         from vila.model.loading import open_checkpoint
 
         open_checkpoint(self.model, template=self.template or None).processor.find_template()
@@ -254,8 +239,8 @@ class _ModelSource:
         from vila.model.hub import local_folder
 
         engine = Engine.load(
-            local_folder(self.model), dtype=self.dtype, device=self.device, backend=self.backend,  # type: ignore[arg-type]
-            head_bits=self.head_bits, activation_bits=self.activation_bits, prefix_cache_bytes=0, events=StderrLog(),  # type: ignore[arg-type]
+            local_folder(self.model), dtype=self.dtype, device=self.device,
+            **self.backend.engine_arguments, prefix_cache_bytes=0, events=StderrLog(),
         )  # fmt: skip
         facts = {**facts, "dtype": str(engine.model.dtype).removeprefix("torch."), "device": self.device}
         if engine.backend != "torch":

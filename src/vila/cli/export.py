@@ -13,19 +13,12 @@ from vila.cli.options import CheckpointOptions, with_option_groups
 
 @with_option_groups
 def export(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="Model directory, or Hugging Face Hub id OWNER/NAME.", show_default=False),
-    ] = "",
-    format_name: Annotated[
-        str, typer.Option("--format", metavar="NAME", help="Export format; see --list.", show_default=False)
-    ] = "",
-    out: Annotated[Path | None, typer.Option("--output", "-o", help="Output directory.", show_default=False)] = None,
+    model: options.Model = "",
+    format_name: Annotated[str, typer.Option("--format", metavar="NAME", help="Export format; see --list.")] = "",
+    out: Annotated[Path | None, typer.Option("--output", "-o", help="Output directory.")] = None,
     precision: Annotated[
         str,
-        typer.Option(
-            help="Weight precision. Default: the first one that --list shows for the format.", show_default=False
-        ),
+        typer.Option(help="Weight precision. Default: the first one that --list shows for the format."),
     ] = "",
     group_size: Annotated[
         int,
@@ -39,7 +32,6 @@ def export(
         typer.Option(
             metavar="FILE",
             help="AWQ search result to fold into the weights: search.safetensors, or an awq_cache .pt of llm-awq.",
-            show_default=False,
         ),
     ] = None,
     tp_size: Annotated[

@@ -35,7 +35,7 @@ _KEPT = {
 
 @with_option_groups
 def info(
-    model: options.RequiredModel,
+    model: options.Model,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, sizes in bytes.")] = False,
     checkpoint_options: CheckpointOptions = options.CHECKPOINT,
 ) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import sys
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
-from functools import wraps
+from functools import cache, wraps
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -22,10 +26,6 @@ if TYPE_CHECKING:
     from vila.model.config import VilaConfig
     from vila.model.layouts.base import Checkpoint
     from vila.model.processor import VilaProcessor
-
-
-_LOADING = "Loading"
-_SAMPLING = "Sampling"
 
 
 class Dtype(StrEnum):
@@ -53,8 +53,8 @@ class Backend(StrEnum):
     ONNX = "onnx"
 
 
-def one_of(kind: type[StrEnum], name: str) -> Callable[[str], Any]:
-    """Return a parser for the option `--NAME` with the values of an enum; it raises UnknownNameError for others."""
+def choice(kind: type[StrEnum], name: str, **settings: Any) -> Any:
+    """Return the option `--NAME` with the values of an enum; it raises UnknownNameError for others."""
 
     def parse(text: str) -> StrEnum:
         names = [one.value for one in kind]
@@ -62,12 +62,7 @@ def one_of(kind: type[StrEnum], name: str) -> Callable[[str], Any]:
             raise UnknownNameError(name, text, names, field=f"--{name}")
         return kind(text)
 
-    return parse
-
-
-def names_in(kind: type[StrEnum]) -> str:
-    """Return the metavar of an option that `one_of` parses."""
-    return f"[{'|'.join(kind)}]"
+    return typer.Option(f"--{name}", parser=parse, metavar=f"[{'|'.join(kind)}]", **settings)
 
 
 def output_directory(param: typer.CallbackParam, value: Path | None) -> Path | None:
@@ -90,111 +85,111 @@ def _checked_output(param: typer.CallbackParam, value: Path | None, *, is_file: 
     return path
 
 
+# --- groups of flags
+
+
+def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Expand each parameter of `command` that is a dataclass of flags into one flag per field.
+
+    The flags' defaults are the fields of the parameter's default; a parameter without one needs no defaults for its
+    fields. Other parameters stay as they are.
+    """
+    signature = inspect.signature(command)
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        if name in groups:
+            parameters += _flags(groups[name], parameter.default)
+        else:
+            parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @wraps(command)
+    def wrapper(**values: Any) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{one.name: values.pop(one.name) for one in fields(kind)})
+        command(**values)
+
+    wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {one.name: one.annotation for one in parameters} | {"return": None}
+    return wrapper
+
+
+def _flags(group: Any, default: Any) -> list[inspect.Parameter]:
+    """Return a flag for each field of a dataclass.
+
+    Its help is the docstring below the field, its panel the attribute `panel` of the class; `typer.Option` in the
+    annotation has precedence. A bool that is False by default has no `--no-NAME`.
+    """
+    hints = get_type_hints(group, include_extras=True)
+    docs = {name: text for kind in reversed(group.__mro__) for name, text in _field_docs(kind).items()}
+    flags = []
+    for one in fields(group):
+        value = inspect.Parameter.empty if default is inspect.Parameter.empty else getattr(default, one.name)
+        kind, *infos = get_args(hints[one.name]) if get_origin(hints[one.name]) is Annotated else (hints[one.name],)
+        flag = f"--{one.name.replace('_', '-')}"
+        info = copy(infos[0]) if infos else typer.Option(flag) if value is False else typer.Option()
+        info.help = info.help or docs[one.name]
+        info.rich_help_panel = info.rich_help_panel or getattr(group, "panel", None)
+        annotation = Annotated[kind, info]  # type: ignore[valid-type]
+        flags.append(inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=annotation))
+    return flags
+
+
+def _field_docs(kind: type) -> dict[str, str]:
+    """Return the docstrings below the fields that a class itself defines."""
+    if kind is object:
+        return {}
+    classes = [node for node in _module_tree(kind.__module__).body if isinstance(node, ast.ClassDef)]
+    body = next(node.body for node in classes if node.name == kind.__name__)
+    return {
+        field.target.id: " ".join(str(text.value.value).split())
+        for field, text in pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+
+
+@cache
+def _module_tree(name: str) -> ast.Module:
+    return ast.parse(inspect.getsource(sys.modules[name]))
+
+
 # --- flags
 
-_MODEL = "Model directory, or Hugging Face Hub id OWNER/NAME."
-RequiredModel = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
-Template = Annotated[
-    str,
-    typer.Option(
-        help="Conversation template. Default: the template of the checkpoint.",
-        show_default=False,
-        rich_help_panel=_LOADING,
-    ),
-]
-ModelBase = Annotated[
-    str,
-    typer.Option(
-        help="Base LLM of a LoRA, projector-only or TinyChat INT4 checkpoint: directory or Hub id.",
-        show_default=False,
-        rich_help_panel=_LOADING,
-    ),
-]
-Revision = Annotated[
-    str,
-    typer.Option(help="Branch, tag or commit of the Hub repository.", show_default=False, rich_help_panel=_LOADING),
-]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model directory, or Hugging Face Hub id OWNER/NAME.")]
 ComputeDtype = Annotated[
     Dtype,
-    typer.Option(
-        "--dtype",
-        parser=one_of(Dtype, "dtype"),
-        metavar=names_in(Dtype),
-        help="Dtype of weights and activations. auto: bfloat16 if the device computes it natively.",
-        rich_help_panel=_LOADING,
-    ),
-]
+    choice(Dtype, "dtype", help="Dtype of weights and activations. auto: bfloat16 if the device computes it natively.",
+           rich_help_panel="Loading"),
+]  # fmt: skip
 StoredDtype = Annotated[
     Dtype,
-    typer.Option(
-        "--dtype",
-        parser=one_of(Dtype, "dtype"),
-        metavar=names_in(Dtype),
-        help="Dtype of the written weights. auto: the dtype of the source checkpoint.",
-        rich_help_panel=_LOADING,
-    ),
-]
+    choice(Dtype, "dtype", help="Dtype of the written weights. auto: the dtype of the source checkpoint.",
+           rich_help_panel="Loading"),
+]  # fmt: skip
 DeviceFlag = Annotated[
     Device,
-    typer.Option(
-        "--device",
-        parser=one_of(Device, "device"),
-        metavar=names_in(Device),
-        help="Device to run on. auto: CUDA if available, else CPU.",
-        rich_help_panel=_LOADING,
-    ),
+    choice(Device, "device", help="Device to run on. auto: CUDA if available, else CPU.", rich_help_panel="Loading"),
 ]
-BackendFlag = Annotated[
-    Backend,
-    typer.Option(
-        "--backend",
-        parser=one_of(Backend, "backend"),
-        metavar=names_in(Backend),
-        help="Inference backend of the LLM. auto: onnx for INT4 models on a CPU, else torch.",
-        rich_help_panel=_LOADING,
-    ),
-]
-LMHeadBits = Annotated[
-    int,
-    typer.Option(
-        metavar="4|8|32",
-        help="Weight bits of the LM head with --backend onnx. Default: 8 for INT4 models, else 32.",
-        show_default=False,
-        rich_help_panel=_LOADING,
-    ),
-]
-ActivationBits = Annotated[
-    int,
-    typer.Option(
-        metavar="8|16|32",
-        help="Activation bits with --backend onnx and INT4 weights: 8 (int8), 16 (two int8 terms, nearly exact) or 32 "
-        "(float32). Default: 8.",
-        show_default=False,
-        rich_help_panel=_LOADING,
-    ),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        help="Number of CPU threads. Default: PyTorch's.", min=1, show_default=False, rich_help_panel=_LOADING
-    ),
-]
-
-System = Annotated[str | None, typer.Option(help="System prompt; replaces the template's default.", show_default=False)]
+System = Annotated[str | None, typer.Option(help="System prompt; replaces the template's default.")]
 NumVideoFrames = Annotated[
-    int | None,
-    typer.Option(help="Frames sampled from each video. Default: the model's setting.", min=1, show_default=False),
+    int | None, typer.Option(help="Frames sampled from each video. Default: the model's setting.", min=1)
 ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CheckpointOptions:
     """Flags that select a checkpoint besides MODEL. Empty strings are flags that were not given."""
 
-    template: Template = ""
-    model_base: ModelBase = ""
-    revision: Revision = ""
+    panel: ClassVar = "Loading"
+
+    template: str = ""
+    """Conversation template. Default: the template of the checkpoint."""
+    model_base: str = ""
+    """Base LLM of a LoRA, projector-only or TinyChat INT4 checkpoint: directory or Hub id."""
+    revision: str = ""
+    """Branch, tag or commit of the Hub repository."""
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -202,73 +197,62 @@ class CheckpointOptions:
         return {"template": self.template or None, "base": self.model_base or None}
 
 
-@dataclass(frozen=True, slots=True)
-class LoadOptions(CheckpointOptions):
-    """Flags of commands that run a model. 0 bits are flags that were not given."""
+@dataclass(frozen=True)
+class BackendOptions:
+    """Flags of the inference backend. 0 bits are flags that were not given."""
+
+    panel: ClassVar = "Loading"
+
+    backend: Annotated[Backend, choice(Backend, "backend")] = Backend.AUTO
+    """Inference backend of the LLM. auto: onnx for INT4 models on a CPU, else torch."""
+    lm_head_bits: Annotated[int, typer.Option(metavar="4|8|32", show_default=False)] = 0
+    """Weight bits of the LM head with --backend onnx. Default: 8 for INT4 models, else 32."""
+    activation_bits: Annotated[int, typer.Option(metavar="8|16|32", show_default=False)] = 0
+    """Activation bits with --backend onnx and INT4 weights: 8 (int8), 16 (two int8 terms, nearly exact) or 32
+    (float32). Default: 8."""
+    threads: Annotated[int | None, typer.Option(min=1)] = None
+    """Number of CPU threads. Default: PyTorch's."""
+
+    @property
+    def engine_arguments(self) -> dict[str, Any]:
+        """Return backend and bits as arguments of `Engine.load` and `Engine.on_backend`."""
+        return {"backend": self.backend, "head_bits": self.lm_head_bits, "activation_bits": self.activation_bits}
+
+
+@dataclass(frozen=True)
+class LoadOptions(BackendOptions, CheckpointOptions):
+    """Flags of commands that run a model."""
 
     dtype: ComputeDtype = Dtype.AUTO
     device: DeviceFlag = Device.AUTO
-    backend: BackendFlag = Backend.AUTO
-    lm_head_bits: LMHeadBits = 0
-    activation_bits: ActivationBits = 0
-    threads: Threads = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SamplingOptions:
     """Flags of commands that generate text."""
 
-    max_new_tokens: Annotated[
-        int, typer.Option(help="Maximum number of generated tokens per answer.", rich_help_panel=_SAMPLING)
-    ] = 128
-    temperature: Annotated[
-        float, typer.Option(help="Sampling temperature; 0 is greedy decoding.", rich_help_panel=_SAMPLING)
-    ] = 0.0
-    top_k: Annotated[
-        int, typer.Option(help="Sample from the K most likely tokens; 0 disables it.", rich_help_panel=_SAMPLING)
-    ] = 0
-    top_p: Annotated[
-        float,
-        typer.Option(
-            help="Nucleus sampling: sample from the most likely tokens with this total probability; 1 disables it.",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = 1.0
-    min_p: Annotated[
-        float,
-        typer.Option(
-            help="Minimum token probability relative to the most likely token; 0 disables it.",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = 0.0
-    repetition_penalty: Annotated[
-        float,
-        typer.Option(
-            help="Penalty for tokens that already occur; 1 disables it, higher values reduce repetition.",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = 1.0
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TEXT", help="Stop string. Repeatable.", show_default=False, rich_help_panel=_SAMPLING),
-    ] = None
-    seed: Annotated[int, typer.Option(help="Random seed of sampling.", rich_help_panel=_SAMPLING)] = 0
-    prompt_lookup_tokens: Annotated[
-        int,
-        typer.Option(
-            help="Prompt-lookup decoding: maximum number of draft tokens per step; 0 disables it. "
-            "Does not change the output.",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = 0
-    truncate: Annotated[
-        bool,
-        typer.Option(
-            "--truncate",
-            help="Drop the oldest turns of a prompt that exceeds the context length. Default: an error.",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = False
+    panel: ClassVar = "Sampling"
+
+    max_new_tokens: int = 128
+    """Maximum number of generated tokens per answer."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 is greedy decoding."""
+    top_k: int = 0
+    """Sample from the K most likely tokens; 0 disables it."""
+    top_p: float = 1.0
+    """Nucleus sampling: sample from the most likely tokens with this total probability; 1 disables it."""
+    min_p: float = 0.0
+    """Minimum token probability relative to the most likely token; 0 disables it."""
+    repetition_penalty: float = 1.0
+    """Penalty for tokens that already occur; 1 disables it, higher values reduce repetition."""
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT")] = None
+    """Stop string. Repeatable."""
+    seed: int = 0
+    """Random seed of sampling."""
+    prompt_lookup_tokens: int = 0
+    """Prompt-lookup decoding: maximum number of draft tokens per step; 0 disables it. Does not change the output."""
+    truncate: bool = False
+    """Drop the oldest turns of a prompt that exceeds the context length. Default: an error."""
 
     def params(self, logprobs: int = 0) -> SamplingParams:
         """Return the sampling parameters of the engine. Raises ConfigError for values out of range."""
@@ -290,41 +274,9 @@ class SamplingOptions:
 
 
 CHECKPOINT = CheckpointOptions()
+BACKEND = BackendOptions()
 LOAD = LoadOptions()
 SAMPLING = SamplingOptions()
-
-
-def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Expand each parameter of `command` that is a dataclass of flags into one flag per field.
-
-    The flags' defaults are the fields of the parameter's default. Other parameters stay as they are.
-    """
-    signature = inspect.signature(command)
-    hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
-    by_name = inspect.Parameter.KEYWORD_ONLY
-    parameters = []
-    for name, parameter in signature.parameters.items():
-        if name not in groups:
-            parameters.append(parameter.replace(annotation=hints[name], kind=by_name))
-            continue
-        types = get_type_hints(groups[name], include_extras=True)
-        for one in fields(groups[name]):
-            default = getattr(parameter.default, one.name)
-            flag = inspect.Parameter(
-                one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[one.name]
-            )
-            parameters.append(flag)
-
-    @wraps(command)
-    def wrapper(**values: Any) -> None:
-        for name, kind in groups.items():
-            values[name] = kind(**{one.name: values.pop(one.name) for one in fields(kind)})
-        command(**values)
-
-    wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {one.name: one.annotation for one in parameters} | {"return": None}
-    return wrapper
 
 
 # --- from flags to an engine
@@ -352,14 +304,13 @@ def load_engine(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
     device = choose_device(options.device)
     set_num_threads(options.threads)
     model = build_model(checkpoint, choose_dtype(options.dtype, device), device)
-    bits = {"head_bits": options.lm_head_bits, "activation_bits": options.activation_bits}
-    return Engine.on_backend(model, checkpoint.processor, options.backend, **bits, events=StderrLog())
+    return Engine.on_backend(model, checkpoint.processor, **options.engine_arguments, events=StderrLog())
 
 
 _FLAG_OF_ARGUMENT = {"head_bits": "--lm-head-bits"}
 
 
-def check_backend_flags(options: LoadOptions, device: str) -> None:
+def check_backend_flags(options: BackendOptions, device: str) -> None:
     """Raise ConfigError for a backend that is unknown, missing, or does not support the device or these flags."""
     from vila.engine.backend import check_backend
 

@@ -32,7 +32,6 @@ def plan(
             help="Model FLOPs utilization, 0.01 to 1. Default: the utilization of the original training.",
             min=0.01,
             max=1.0,
-            show_default=False,
         ),
     ] = None,
     num_samples: Annotated[
@@ -40,7 +39,6 @@ def plan(
         typer.Option(
             help="Samples per epoch, for data sets without published sizes.",
             min=1,
-            show_default=False,
             rich_help_panel=_DATA,
         ),
     ] = None,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -16,10 +17,6 @@ if TYPE_CHECKING:
 
     from vila.quant.calibration import Calibration
     from vila.quant.quant_config import QuantConfig
-
-
-_SEARCH = "Search"
-_CALIBRATION = "Calibration"
 
 
 class Method(StrEnum):
@@ -53,96 +50,67 @@ class Rounding(StrEnum):
     GPTQ = "gptq"
 
 
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Flags of the calibration data."""
+
+    panel: ClassVar = "Calibration"
+
+    calib_data: Annotated[list[str] | None, typer.Option(metavar="FILE")] = None
+    """Calibration data: text (.txt, .jsonl), or a recipe (.yaml or name) for image-text samples. Repeatable. Default:
+    packaged English text."""
+    num_calib_sequences: Annotated[int, typer.Option(min=1)] = 16
+    """Maximum number of 512-token sequences per text."""
+    num_calib_samples: Annotated[int, typer.Option(min=1)] = 64
+    """Number of samples per recipe."""
+    image_token_weight: float = 1.0
+    """Weight of an image token relative to a text token."""
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Flags of the search for scales and clipping limits. None is a flag that was not given."""
+
+    panel: ClassVar = "Search"
+
+    scaling: Annotated[Scaling | None, options.choice(Scaling, "scaling")] = None
+    """Scale search: activation-based, duo (activation and weight), or both. Default: the method's."""
+    clipping: Annotated[Clipping | None, options.choice(Clipping, "clipping")] = None
+    """Linear layers whose weights are clipped. Default: the method's."""
+    rounding: Annotated[Rounding | None, options.choice(Rounding, "rounding")] = None
+    """Rounding of weights to INT4: nearest or gptq. Default: nearest."""
+    load_awq: Annotated[Path | None, typer.Option(metavar="FILE")] = None
+    """Apply an AWQ search result: search.safetensors of vila quantize, or an awq_cache .pt of llm-awq."""
+    dump_awq: Annotated[Path | None, typer.Option(metavar="FILE", callback=options.output_file)] = None
+    """Also write the search result as an awq_cache .pt for --load_awq of llm-awq."""
+
+
+CALIBRATION, SEARCH = CalibrationOptions(), SearchOptions()
+
+
 @with_option_groups
 def quantize(
-    model: options.RequiredModel,
+    model: options.Model,
     out: Annotated[Path, typer.Option("--output", "-o", help="Output directory.")],
-    calib_data: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE",
-            help="Calibration data: text (.txt, .jsonl), or a recipe (.yaml or name) for image-text samples. "
-            "Repeatable. Default: packaged English text.",
-            show_default=False,
-            rich_help_panel=_CALIBRATION,
-        ),
-    ] = None,
-    num_calib_sequences: Annotated[
-        int, typer.Option(help="Maximum number of 512-token sequences per text.", min=1, rich_help_panel=_CALIBRATION)
-    ] = 16,
-    num_calib_samples: Annotated[
-        int, typer.Option(help="Number of samples per recipe.", min=1, rich_help_panel=_CALIBRATION)
-    ] = 64,
-    image_token_weight: Annotated[
-        float, typer.Option(help="Weight of an image token relative to a text token.", rich_help_panel=_CALIBRATION)
-    ] = 1.0,
+    calib: CalibrationOptions = CALIBRATION,
     group_size: Annotated[
         int | None,
         typer.Option(
-            help="Input channels per scale. Default: the largest of 128, 64 and 32 that divides the layer widths.",
-            show_default=False,
+            help="Input channels per scale. Default: the largest of 128, 64 and 32 that divides the layer widths."
         ),
     ] = None,
     method: Annotated[
         Method,
-        typer.Option(
-            parser=options.one_of(Method, "method"),
-            metavar=options.names_in(Method),
+        options.choice(
+            Method,
+            "method",
             help="awq: published AWQ; rtn: round to nearest; best: AWQ with all options that lower the error.",
         ),
     ] = Method.AWQ,
     symmetric: Annotated[
         bool, typer.Option("--symmetric", help="Symmetric quantization without zero points, as for TensorRT-LLM.")
     ] = False,
-    scaling: Annotated[
-        Scaling | None,
-        typer.Option(
-            parser=options.one_of(Scaling, "scaling"),
-            metavar=options.names_in(Scaling),
-            help="Scale search: activation-based, duo (activation and weight), or both. Default: the method's.",
-            show_default=False,
-            rich_help_panel=_SEARCH,
-        ),
-    ] = None,
-    clipping: Annotated[
-        Clipping | None,
-        typer.Option(
-            parser=options.one_of(Clipping, "clipping"),
-            metavar=options.names_in(Clipping),
-            help="Linear layers whose weights are clipped. Default: the method's.",
-            show_default=False,
-            rich_help_panel=_SEARCH,
-        ),
-    ] = None,
-    rounding: Annotated[
-        Rounding | None,
-        typer.Option(
-            parser=options.one_of(Rounding, "rounding"),
-            metavar=options.names_in(Rounding),
-            help="Rounding of weights to INT4: nearest or gptq. Default: nearest.",
-            show_default=False,
-            rich_help_panel=_SEARCH,
-        ),
-    ] = None,
-    load_awq: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Apply an AWQ search result: search.safetensors of vila quantize, or an awq_cache .pt of llm-awq.",
-            show_default=False,
-            rich_help_panel=_SEARCH,
-        ),
-    ] = None,
-    dump_awq: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Also write the search result as an awq_cache .pt for --load_awq of llm-awq.",
-            show_default=False,
-            callback=options.output_file,
-            rich_help_panel=_SEARCH,
-        ),
-    ] = None,
+    search: SearchOptions = SEARCH,
     device: options.DeviceFlag = options.Device.AUTO,
     checkpoint_options: CheckpointOptions = options.CHECKPOINT,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model in --output.")] = False,
@@ -170,13 +138,13 @@ def quantize(
         required_disk_bytes,
     )
 
-    config = _config(method, symmetric, scaling, clipping, rounding, image_token_weight, device.value)
+    config = _config(method, search, symmetric, calib.image_token_weight, device.value)
     target = out.expanduser()
     check_target(target, "--output", overwrite)
-    if dump_awq is not None:
-        _check_dump(dump_awq, target, method, overwrite)
-    unused = _unused(method, load_awq is not None, scaling, clipping)
-    found = None if load_awq is None else read_search(load_awq.expanduser())
+    if search.dump_awq is not None:
+        _check_dump(search.dump_awq, target, method, overwrite)
+    unused = _unused(method, search)
+    found = None if search.load_awq is None else read_search(search.load_awq.expanduser())
     stop_cleanly()
     folder = local_folder(model, checkpoint_options.revision or None)
     check_apart(folder, target)
@@ -192,34 +160,27 @@ def quantize(
         check_target(target, "--output", overwrite, num_bytes=required_disk_bytes(shapes, size))
         calibration = None
         if needs_calibration(config, found):
-            calibration = load_calibration(
-                calib_data or ["packaged"], checkpoint.processor, num_calib_sequences, num_calib_samples, screen
-            )
+            names, counts = calib.calib_data or ["packaged"], (calib.num_calib_sequences, calib.num_calib_samples)
+            calibration = load_calibration(names, checkpoint.processor, *counts, screen)
             check_calibration(shapes, config, calibration, found)
             screen.log(
                 f"calibration: {calibration.name}, {len(calibration.sequences)} sequences, "
                 f"{calibration.num_tokens:,} tokens, sha256 {calibration.sha256[:16]}"
             )
-        elif calib_data:
+        elif calib.calib_data:
             screen.log(f"note: --calib-data is ignored: {unused} needs no calibration")
         network, processor = build_model(checkpoint), checkpoint.processor
         texts = {README: layout_readme("awq-hf", network, processor, __version__)}
         summary = quantize_checkpoint(
             network, processor, target, config, calibration, found, texts=texts, events=screen
         )
-    if dump_awq is not None:
-        write_awq_cache(load_search(target / SEARCH_FILE), dump_awq)
+    if search.dump_awq is not None:
+        write_awq_cache(load_search(target / SEARCH_FILE), search.dump_awq)
     show_summary(Console(highlight=False, soft_wrap=True), target, summary)
 
 
 def _config(
-    method: Method,
-    symmetric: bool,
-    scaling: Scaling | None,
-    clipping: Clipping | None,
-    rounding: Rounding | None,
-    image_token_weight: float,
-    device: str,
+    method: Method, search: SearchOptions, symmetric: bool, image_token_weight: float, device: str
 ) -> QuantConfig:
     """Return the config of the method with the given options; the group size is set later."""
     from dataclasses import replace
@@ -235,17 +196,18 @@ def _config(
         "image_weight": image_token_weight,
         "device": torch.device(choose_device(device)),
     }
-    chosen = {"scaling": scaling, "clipping": clipping, "rounding": rounding}
+    chosen = {name: getattr(search, name) for name in ("scaling", "clipping", "rounding")}
     changes |= {name: option.value for name, option in chosen.items() if option is not None}
     return replace(start, **changes)
 
 
-def _unused(method: Method, is_reused: bool, scaling: Scaling | None, clipping: Clipping | None) -> str:
+def _unused(method: Method, search: SearchOptions) -> str:
     """Return the flag that replaces the search, or "". Raises ConfigError for search flags without effect."""
     from vila.core.errors import ConfigError
 
-    why = "--method rtn" if method is Method.RTN else "--load-awq" if is_reused else ""
-    given = [name for name, value in (("--scaling", scaling), ("--clipping", clipping)) if value is not None]
+    why = "--method rtn" if method is Method.RTN else "--load-awq" if search.load_awq else ""
+    values = {"--scaling": search.scaling, "--clipping": search.clipping}
+    given = [name for name, value in values.items() if value is not None]
     if why and given:
         raise ConfigError(f"no effect with {why}, which does not search", field=given[0], hint="leave one of them out")
     return why

@@ -48,56 +48,97 @@ if TYPE_CHECKING:
     from vila.engine.request import Generation, SamplingParams, TokenEvent, TokenLogprob
     from vila.model.layouts.base import Checkpoint
 
-UPSTREAM = UpstreamOptions()
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """Flags that make up a prompt. None is a flag that was not given."""
+
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p")] = None
+    """Question. '-' reads standard input, which is the default if it is a pipe. '' asks about an image without text."""
+    image: Annotated[list[str] | None, typer.Option("--image", "-i", metavar="FILE|URL")] = None
+    """Image. Repeatable."""
+    video: Annotated[list[str] | None, typer.Option(metavar="FILE|URL")] = None
+    """Video. Repeatable."""
+    num_video_frames: options.NumVideoFrames = None
+    shot: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE...")] = None
+    """Few-shot example before the question: image=FILE text="ANSWER", and question="..." (default: the final question).
+    Repeatable."""
+    system: options.System = None
+    messages: Path | None = None
+    """JSON file with a conversation (OpenAI-style messages)."""
+    batch_file: Path | None = None
+    """JSON Lines file with a prompt or a conversation per line."""
+
+    def check(self, query: str | None) -> None:
+        """Raise ConfigError for two prompts, and for flags that do not combine with the source of the prompt."""
+        sources = {
+            "--prompt": self.prompt,
+            "--query": query,
+            "--messages": self.messages,
+            "--batch-file": self.batch_file,
+        }
+        given = [name for name, value in sources.items() if value is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} are alternatives", field=given[1], hint="give one of them")
+        media = {"--image": self.image, "--video": self.video, "--shot": self.shot}
+        if self.batch_file is not None:
+            del media["--shot"]
+        for name, value in media.items():
+            if value and given in (["--messages"], ["--batch-file"]):
+                raise ConfigError(f"cannot be combined with {given[0]}", field=name, hint="write it into the file")
+
+    def conversation(self, shots: Sequence[Shot], query: str | None) -> Callable[[str], Sequence[Message]]:
+        """Read and check text and media; return a function from the template's `media_gap` to the messages."""
+        if self.messages is not None:
+            messages = self._read_messages(self.messages)
+            return lambda gap: messages
+        videos = [video_of(name, self.num_video_frames) for name in self.video or ()]
+        for video in videos:
+            check_video_file(video)
+        images = [load_image(image_of(name))[0] for name in self.image or ()]
+        shots = with_images_loaded(shots)
+        if query is not None:
+            question = read_query(check_text(query, "--query"), images, videos)
+        else:
+            question = Question(self._text(), images, videos)
+        # An empty prompt must be given explicitly: captioning and few-shot prompts use it.
+        is_piped = query is None and self.prompt in (None, "-")
+        if not question.text.strip() and (is_piped or not (images or videos)):
+            raise ConfigError(
+                "the question is empty",
+                field="standard input" if is_piped else "--prompt" if query is None else "--query",
+                hint="give --prompt TEXT, or pipe the question in; --prompt '' asks about an image without text",
+            )
+        return partial(build_conversation, question, shots=shots, system=self.system)
+
+    def _text(self) -> str:
+        if self.prompt is not None and self.prompt != "-":
+            return check_text(self.prompt, "--prompt")
+        if self.prompt is None and sys.stdin.isatty():
+            raise ConfigError("no question", field="--prompt", hint="give --prompt TEXT, or pipe the question in")
+        return read_question(typer.get_binary_stream("stdin"))
+
+    def _read_messages(self, path: Path) -> tuple[Message, ...]:
+        messages = with_system(read_messages(path, self.num_video_frames), self.system)
+        try:
+            return load_images(messages)
+        except MediaError as error:
+            error.within(path)
+            raise
+
+
+PROMPT, UPSTREAM = PromptOptions(), UpstreamOptions()
 
 
 @with_option_groups
 def run(
     model: options.Model = "",
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            "--prompt",
-            "-p",
-            help="Question. '-' reads standard input, which is the default if it is a pipe. '' asks about an image "
-            "without text.",
-            show_default=False,
-        ),
-    ] = None,
-    image: Annotated[
-        list[str] | None,
-        typer.Option("--image", "-i", metavar="FILE|URL", help="Image. Repeatable.", show_default=False),
-    ] = None,
-    video: Annotated[
-        list[str] | None, typer.Option(metavar="FILE|URL", help="Video. Repeatable.", show_default=False)
-    ] = None,
-    num_video_frames: options.NumVideoFrames = None,
-    shot: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE...",
-            help='Few-shot example before the question: image=FILE text="ANSWER", and question="..." (default: the '
-            "final question). Repeatable.",
-            show_default=False,
-        ),
-    ] = None,
-    system: options.System = None,
-    messages: Annotated[
-        Path | None,
-        typer.Option(help="JSON file with a conversation (OpenAI-style messages).", show_default=False),
-    ] = None,
-    batch_file: Annotated[
-        Path | None,
-        typer.Option(help="JSON Lines file with a prompt or a conversation per line.", show_default=False),
-    ] = None,
+    prompts: PromptOptions = PROMPT,
     batch_size: Annotated[int, typer.Option(help="Number of prompts of --batch-file per batch.", min=1)] = 8,
     out: Annotated[
         Path | None,
         typer.Option(
-            "--output",
-            "-o",
-            help="JSON Lines file for the answers to --batch-file. Default: standard output.",
-            show_default=False,
+            "--output", "-o", help="JSON Lines file for the answers to --batch-file. Default: standard output."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
@@ -107,7 +148,7 @@ def run(
         int,
         typer.Option(
             help="With --json or --batch-file: number of most likely tokens to report per generated token.",
-            rich_help_panel="Sampling",
+            rich_help_panel=SamplingOptions.panel,
         ),
     ] = 0,
     upstream: UpstreamOptions = UPSTREAM,
@@ -120,107 +161,27 @@ def run(
     if not model:
         raise ConfigError("missing", field="MODEL", hint="give its directory or Hub id: vila run MODEL --prompt TEXT")
     params = sampling.params(logprobs)
-    prompts = PromptFlags(
-        prompt=prompt,
-        query=upstream.query,
-        messages=messages,
-        batch_file=batch_file,
-        images=[*(image or ()), *upstream.images()],
-        videos=[*(video or ()), *([upstream.video_file] if upstream.video_file else [])],
-        shots=[parse_shot(example) for example in shot or ()],
-        system=system,
-        num_frames=num_video_frames,
+    prompts = replace(
+        prompts,
+        image=[*(prompts.image or ()), *upstream.images()],
+        video=[*(prompts.video or ()), *([upstream.video_file] if upstream.video_file else [])],
     )
-    prompts.check()
-    if out is not None and batch_file is None:
+    shots = [parse_shot(example) for example in prompts.shot or ()]
+    prompts.check(upstream.query)
+    if out is not None and prompts.batch_file is None:
         hint = "leave it out, or redirect standard output to a file"
         raise ConfigError("requires --batch-file", field="--output", hint=hint)
-    if logprobs and not as_json and batch_file is None:
+    if logprobs and not as_json and prompts.batch_file is None:
         raise ConfigError("requires --json or --batch-file", field="--logprobs")
 
     try:
-        if batch_file is None:
-            generate_one(prompts, model, loading, params, as_json=as_json)
+        if prompts.batch_file is None:
+            write = prompts.conversation(shots, upstream.query)
+            generate_one(write, model, loading, params, as_json=as_json, file=prompts.messages)
         else:
-            generate_file(prompts, batch_file, model, loading, params, batch_size=batch_size, out=out)
+            generate_file(prompts, shots, model, loading, params, batch_size=batch_size, out=out)
     except KeyboardInterrupt as error:
         raise Interrupted("stopped" if out is None else "stopped; not written", file=out) from error
-
-
-@dataclass(frozen=True, slots=True)
-class PromptFlags:
-    """Flags that make up a prompt. images, videos: paths and URLs. None is a flag that was not given."""
-
-    prompt: str | None = None
-    query: str | None = None
-    messages: Path | None = None
-    batch_file: Path | None = None
-    images: Sequence[str] = ()
-    videos: Sequence[str] = ()
-    shots: Sequence[Shot] = ()
-    system: str | None = None
-    num_frames: int | None = None
-
-    def check(self) -> None:
-        """Raise ConfigError for two prompts, and for flags that do not combine with the source of the prompt."""
-        sources = {
-            "--prompt": self.prompt,
-            "--query": self.query,
-            "--messages": self.messages,
-            "--batch-file": self.batch_file,
-        }
-        given = [name for name, value in sources.items() if value is not None]
-        if len(given) > 1:
-            raise ConfigError(f"{' and '.join(given)} are alternatives", field=given[1], hint="give one of them")
-        media = {"--image": self.images, "--video": self.videos, "--shot": self.shots}
-        if self.batch_file is not None:
-            del media["--shot"]
-        for name, value in media.items():
-            if value and given in (["--messages"], ["--batch-file"]):
-                raise ConfigError(f"cannot be combined with {given[0]}", field=name, hint="write it into the file")
-
-    def conversation(self) -> Callable[[str], Sequence[Message]]:
-        """Read and check text and media; return a function from the template's `media_gap` to the messages."""
-        if self.messages is not None:
-            messages = self._read_messages(self.messages)
-            return lambda gap: messages
-        videos = [video_of(name, self.num_frames) for name in self.videos]
-        for video in videos:
-            check_video_file(video)
-        images = [load_image(image_of(name))[0] for name in self.images]
-        shots = with_images_loaded(self.shots)
-        if self.query is not None:
-            question = read_query(check_text(self.query, "--query"), images, videos)
-        else:
-            question = Question(self._text(), images, videos)
-        # An empty prompt must be given explicitly: captioning and few-shot prompts use it.
-        if not question.text.strip() and (self._is_piped or not (images or videos)):
-            raise ConfigError(
-                "the question is empty",
-                field="standard input" if self._is_piped else "--prompt" if self.query is None else "--query",
-                hint="give --prompt TEXT, or pipe the question in; --prompt '' asks about an image without text",
-            )
-        return partial(build_conversation, question, shots=shots, system=self.system)
-
-    @property
-    def _is_piped(self) -> bool:
-        """Whether the question comes from standard input."""
-        return self.query is None and self.prompt in (None, "-")
-
-    def _text(self) -> str:
-        if self.prompt is not None and self.prompt != "-":
-            return check_text(self.prompt, "--prompt")
-        if self.prompt is None and sys.stdin.isatty():
-            raise ConfigError("no question", field="--prompt", hint="give --prompt TEXT, or pipe the question in")
-        return read_question(typer.get_binary_stream("stdin"))
-
-    def _read_messages(self, path: Path) -> tuple[Message, ...]:
-        messages = with_system(read_messages(path, self.num_frames), self.system)
-        try:
-            return load_images(messages)
-        except MediaError as error:
-            error.within(path)
-            raise
 
 
 # --- output
@@ -275,10 +236,18 @@ def _logprob_json(report: TokenLogprob, decode: Decode) -> dict[str, Any]:
 
 
 def generate_one(
-    flags: PromptFlags, model: str, loading: LoadOptions, sampling: SamplingParams, *, as_json: bool
+    write: Callable[[str], Sequence[Message]],
+    model: str,
+    loading: LoadOptions,
+    sampling: SamplingParams,
+    *,
+    as_json: bool,
+    file: Path | None,
 ) -> None:
-    """Stream the answer to standard output, or print it as one JSON object."""
-    write = flags.conversation()
+    """Stream the answer to standard output, or print it as one JSON object.
+
+    write: result of `PromptOptions.conversation`. file: file of --messages, for errors.
+    """
     write("")  # raises for markers and media that differ in number, before the model is opened
     checkpoint = open_model(model, loading)
     processor = checkpoint.processor
@@ -287,8 +256,8 @@ def generate_one(
     try:
         dropped = check_fit(checkpoint.config, processor, messages, sampling)
     except TemplateError as error:
-        if flags.messages:
-            error.within(flags.messages)
+        if file:
+            error.within(file)
         raise
     engine = load_engine(checkpoint, loading)
     if as_json:
@@ -309,8 +278,8 @@ def generate_one(
 
 
 def generate_file(
-    flags: PromptFlags,
-    path: Path,
+    prompts: PromptOptions,
+    shots: Sequence[Shot],
     model: str,
     loading: LoadOptions,
     sampling: SamplingParams,
@@ -322,12 +291,13 @@ def generate_file(
     from vila.cli.progress import Screen
     from vila.core.files import write_jsonl
 
+    assert prompts.batch_file is not None
     if out is not None:
-        _check_output(out, path)
-    shots = with_images_loaded(flags.shots)
-    records = read_prompt_records(path, flags.num_frames)
+        _check_output(out, prompts.batch_file)
+    shots = with_images_loaded(shots)
+    records = read_prompt_records(prompts.batch_file, prompts.num_video_frames)
     checkpoint = open_model(model, loading)
-    records = prepare_records(records, checkpoint, sampling, shots=shots, system=flags.system)
+    records = prepare_records(records, checkpoint, sampling, shots=shots, system=prompts.system)
     engine = load_engine(checkpoint, loading)
     answers = generate_records(records, engine, sampling, batch_size)
     # A progress bar and JSON lines would overwrite each other on one terminal.

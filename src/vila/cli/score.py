@@ -28,7 +28,7 @@ def score(
         str, typer.Option(help="Scoring protocol: upstream (the original scripts) or lmms-eval.")
     ] = "upstream",
     compare: Annotated[
-        Path | None, typer.Option(help="Second predictions file for a paired significance test.", show_default=False)
+        Path | None, typer.Option(help="Second predictions file for a paired significance test.")
     ] = None,
     judge: JudgeOption = "",
     judge_model: JudgeModelOption = DEFAULT_JUDGE,

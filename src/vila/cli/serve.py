@@ -2,25 +2,96 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
 from vila.cli import options
-from vila.cli.options import LoadOptions, with_option_groups
+from vila.cli.options import LoadOptions, load_engine, open_model, with_option_groups
 from vila.core.errors import ConfigError
 from vila.core.optional import require_extra
 
 if TYPE_CHECKING:
-    from vila.engine.engine import Engine
     from vila.serve.models import ServedModel
 
 KEYS_VARIABLE = "VILA_API_KEY"
-_BATCH, _LIMITS, _WEB = "Batching", "Request limits", "Access"
+
+
+@dataclass(frozen=True)
+class BatchingOptions:
+    """Flags of continuous batching."""
+
+    panel: ClassVar = "Batching"
+
+    max_num_seqs: Annotated[int, typer.Option(min=1)] = 8
+    """Maximum number of concurrently running requests per model."""
+    max_queue: Annotated[int, typer.Option(min=1)] = 64
+    """Maximum number of queued requests; further requests get HTTP 429."""
+    kv_cache_tokens: int = 0
+    """Size of the KV cache in tokens; 0: --max-num-seqs times the context length, limited by memory."""
+    prefill_chunk_size: Annotated[int, typer.Option(min=1)] = 256
+    """Maximum number of prompt tokens per step (chunked prefill)."""
+
+
+@dataclass(frozen=True)
+class LimitOptions:
+    """Flags that limit a request."""
+
+    panel: ClassVar = "Request limits"
+
+    max_images: Annotated[int, typer.Option(min=0)] = 16
+    """Maximum number of images and videos per request."""
+    max_body_mb: Annotated[float, typer.Option(min=0.001)] = 32.0
+    """Maximum size of a request body in MB."""
+    max_image_megapixels: Annotated[float, typer.Option(min=0.001)] = 50.0
+    """Maximum size of an image in megapixels."""
+    fetch_timeout: Annotated[float, typer.Option(min=0.1)] = 20.0
+    """Timeout in seconds for fetching all media URLs of a request."""
+    request_timeout: Annotated[float, typer.Option(min=0.1)] = 600.0
+    """Timeout in seconds for a request, from arrival to the last token."""
+    allow_private_urls: bool = False
+    """Allow media URLs with private and local addresses."""
+    allowed_media_domain: Annotated[list[str] | None, typer.Option(metavar="DOMAIN")] = None
+    """Fetch media only from this host; '*.example.org' matches all subdomains. Repeatable."""
+
+
+@dataclass(frozen=True)
+class AccessOptions:
+    """Flags that decide who can connect."""
+
+    panel: ClassVar = "Access"
+
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"API key that clients must send; visible to other users of the machine, unlike {KEYS_VARIABLE}."
+        ),
+    ] = None
+    api_key_file: Annotated[Path | None, typer.Option(metavar="FILE")] = None
+    """File with one API key per line."""
+    allowed_host: Annotated[list[str] | None, typer.Option(metavar="NAME")] = None
+    """Accepted Host header; *.NAME matches all subdomains. Repeatable. Default: local names if --host is local, else
+    all."""
+    max_connections: Annotated[int, typer.Option(min=1)] = 1000
+    """Maximum number of open connections."""
+    max_connections_per_ip: Annotated[int, typer.Option(min=0)] = 0
+    """Maximum number of open connections per client address; 0: half of --max-connections."""
+    allowed_origin: Annotated[list[str] | None, typer.Option(metavar="ORIGIN")] = None
+    """Origin that browsers may send requests from (CORS); '*' for all. Repeatable."""
+    root_path: str = ""
+    """Path prefix of the server behind a proxy."""
+    ssl_certfile: Annotated[str, typer.Option(metavar="FILE")] = ""
+    """TLS certificate file; enables HTTPS."""
+    ssl_keyfile: Annotated[str, typer.Option(metavar="FILE")] = ""
+    """Private key file of --ssl-certfile."""
+
+
+BATCHING, LIMITS, ACCESS = BatchingOptions(), LimitOptions(), AccessOptions()
 
 
 @with_option_groups
@@ -33,7 +104,6 @@ def serve(
         typer.Option(
             metavar="NAME,ALIAS",
             help="Name and aliases of a model in the API; repeat in the order of MODEL. Default: directory name or id.",
-            show_default=False,
         ),
     ] = None,
     host: Annotated[
@@ -41,120 +111,9 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free port.", min=0, max=65535)] = 8000,
     loading: LoadOptions = options.LOAD,
-    max_num_seqs: Annotated[
-        int,
-        typer.Option(help="Maximum number of concurrently running requests per model.", min=1, rich_help_panel=_BATCH),
-    ] = 8,
-    max_queue: Annotated[
-        int,
-        typer.Option(
-            help="Maximum number of queued requests; further requests get HTTP 429.", min=1, rich_help_panel=_BATCH
-        ),
-    ] = 64,
-    kv_cache_tokens: Annotated[
-        int,
-        typer.Option(
-            help="Size of the KV cache in tokens; 0: --max-num-seqs times the context length, limited by memory.",
-            rich_help_panel=_BATCH,
-        ),
-    ] = 0,
-    prefill_chunk_size: Annotated[
-        int,
-        typer.Option(help="Maximum number of prompt tokens per step (chunked prefill).", min=1, rich_help_panel=_BATCH),
-    ] = 256,
-    max_images: Annotated[
-        int, typer.Option(help="Maximum number of images and videos per request.", min=0, rich_help_panel=_LIMITS)
-    ] = 16,
-    max_body_mb: Annotated[
-        float, typer.Option(help="Maximum size of a request body in MB.", min=0.001, rich_help_panel=_LIMITS)
-    ] = 32.0,
-    max_image_megapixels: Annotated[
-        float, typer.Option(help="Maximum size of an image in megapixels.", min=0.001, rich_help_panel=_LIMITS)
-    ] = (50.0),
-    fetch_timeout: Annotated[
-        float,
-        typer.Option(
-            help="Timeout in seconds for fetching all media URLs of a request.", min=0.1, rich_help_panel=_LIMITS
-        ),
-    ] = 20.0,
-    request_timeout: Annotated[
-        float,
-        typer.Option(
-            help="Timeout in seconds for a request, from arrival to the last token.", min=0.1, rich_help_panel=_LIMITS
-        ),
-    ] = 600.0,
-    allow_private_urls: Annotated[
-        bool,
-        typer.Option(
-            "--allow-private-urls", help="Allow media URLs with private and local addresses.", rich_help_panel=_LIMITS
-        ),
-    ] = False,
-    allowed_media_domain: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="DOMAIN",
-            help="Fetch media only from this host; '*.example.org' matches all subdomains. Repeatable.",
-            show_default=False,
-            rich_help_panel=_LIMITS,
-        ),
-    ] = None,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"API key that clients must send; visible to other users of the machine, unlike {KEYS_VARIABLE}.",
-            show_default=False,
-            rich_help_panel=_WEB,
-        ),
-    ] = None,
-    api_key_file: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="File with one API key per line.", show_default=False, rich_help_panel=_WEB),
-    ] = None,
-    allowed_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Accepted Host header; *.NAME matches all subdomains. Repeatable. Default: local names if --host is "
-            "local, else all.",
-            show_default=False,
-            rich_help_panel=_WEB,
-        ),
-    ] = None,
-    max_connections: Annotated[
-        int, typer.Option(help="Maximum number of open connections.", min=1, rich_help_panel=_WEB)
-    ] = 1000,
-    max_connections_per_ip: Annotated[
-        int,
-        typer.Option(
-            help="Maximum number of open connections per client address; 0: half of --max-connections.",
-            min=0,
-            rich_help_panel=_WEB,
-        ),
-    ] = 0,
-    allowed_origin: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ORIGIN",
-            help="Origin that browsers may send requests from (CORS); '*' for all. Repeatable.",
-            show_default=False,
-            rich_help_panel=_WEB,
-        ),
-    ] = None,
-    root_path: Annotated[
-        str, typer.Option(help="Path prefix of the server behind a proxy.", show_default=False, rich_help_panel=_WEB)
-    ] = "",
-    ssl_certfile: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE", help="TLS certificate file; enables HTTPS.", show_default=False, rich_help_panel=_WEB
-        ),
-    ] = "",
-    ssl_keyfile: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE", help="Private key file of --ssl-certfile.", show_default=False, rich_help_panel=_WEB
-        ),
-    ] = "",
+    batching: BatchingOptions = BATCHING,
+    limits: LimitOptions = LIMITS,
+    access: AccessOptions = ACCESS,
     shutdown_timeout: Annotated[
         float, typer.Option(help="Seconds to finish running requests after SIGTERM or Ctrl-C.", min=0)
     ] = 60.0,
@@ -163,8 +122,8 @@ def serve(
     ] = False,
 ) -> None:
     """Serve one or several models with an OpenAI-compatible API: vila serve runs/starter/model"""
-    _check(models, served_model_name, ssl_certfile, ssl_keyfile)
-    _check_domains(allowed_media_domain or ())
+    _check(models, served_model_name, access)
+    _check_domains(limits.allowed_media_domain or ())
     require_extra("serve", "vila serve")
     from vila.serve.admission import read_api_keys
     from vila.serve.chat import Service
@@ -173,45 +132,47 @@ def serve(
     from vila.serve.server import ServerConfig
     from vila.serve.server import serve as run
 
-    limits = Limits(
-        body=int(max_body_mb * 1e6),
-        images=max_images,
-        media=replace(SERVER_MEDIA, image_pixels=int(max_image_megapixels * 1e6)),
-        fetch_s=fetch_timeout,
-        request_s=request_timeout,
-        allow_private=allow_private_urls,
-        allowed_domains=tuple(allowed_media_domain or ()),
+    request_limits = Limits(
+        body=int(limits.max_body_mb * 1e6),
+        images=limits.max_images,
+        media=replace(SERVER_MEDIA, image_pixels=int(limits.max_image_megapixels * 1e6)),
+        fetch_s=limits.fetch_timeout,
+        request_s=limits.request_timeout,
+        allow_private=limits.allow_private_urls,
+        allowed_domains=tuple(limits.allowed_media_domain or ()),
     )
+    names = served_model_name or [""] * len(models)
     served = Models(
-        [
-            _served(model, loading, given)
-            for model, given in zip(models, served_model_name or [""] * len(models), strict=True)
-        ],
-        Batching(max_num_seqs, kv_cache_tokens, max_queue, prefill_chunk_size),
+        [_served(model, loading, given) for model, given in zip(models, names, strict=True)],
+        Batching(batching.max_num_seqs, batching.kv_cache_tokens, batching.max_queue, batching.prefill_chunk_size),
     )
+    root_path = access.root_path.strip("/")
     config = ServerConfig(
         host=host,
         port=port,
-        root_path=_rooted(root_path),
-        keys=read_api_keys(api_key or (), api_key_file, os.environ.get(KEYS_VARIABLE, "").strip()),
-        origins=allowed_origin or (),
-        allowed_hosts=allowed_host or (),
-        certificate=ssl_certfile,
-        private_key=ssl_keyfile,
-        max_connections=max_connections,
-        max_per_address=max_connections_per_ip,
+        root_path=f"/{root_path}" if root_path else "",
+        keys=read_api_keys(access.api_key or (), access.api_key_file, os.environ.get(KEYS_VARIABLE, "").strip()),
+        origins=access.allowed_origin or (),
+        allowed_hosts=access.allowed_host or (),
+        certificate=access.ssl_certfile,
+        private_key=access.ssl_keyfile,
+        max_connections=access.max_connections,
+        max_per_address=access.max_connections_per_ip,
         drain_s=shutdown_timeout,
     )
-    _log_to_stderr()
-    run(Service(served, limits, log_prompts), config, lambda line: typer.echo(line, err=True))
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    logging.getLogger("vila.serve").setLevel(logging.INFO)
+    run(Service(served, request_limits, log_prompts), config, lambda line: typer.echo(line, err=True))
 
 
-def _check(models: list[str], names: list[str] | None, certificate: str, key: str) -> None:
+def _check(models: list[str], names: list[str] | None, access: AccessOptions) -> None:
     if names and len(names) != len(models):
         problem, hint = f"given {len(names)} times for {len(models)} models", "give one for each model, or none"
         raise ConfigError(problem, field="--served-model-name", hint=hint)
-    if bool(certificate) != bool(key):
-        given, missing = ("--ssl-certfile", "--ssl-keyfile") if certificate else ("--ssl-keyfile", "--ssl-certfile")
+    if bool(access.ssl_certfile) != bool(access.ssl_keyfile):
+        given, missing = (
+            ("--ssl-certfile", "--ssl-keyfile") if access.ssl_certfile else ("--ssl-keyfile", "--ssl-certfile")
+        )
         raise ConfigError(f"requires {missing}", field=given)
     for model in models:
         looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1
@@ -236,25 +197,4 @@ def _served(model: str, loading: LoadOptions, given: str) -> ServedModel:
     from vila.serve.models import ServedModel, default_name
 
     names = [name for name in given.split(",") if name] or [default_name(model)]
-    return ServedModel(names[0], _loader(model, loading), (*names[1:], model))
-
-
-def _loader(model: str, loading: LoadOptions) -> Callable[[], Engine]:
-    def load() -> Engine:
-        from vila.cli.options import load_engine, open_model
-
-        return load_engine(open_model(model, loading), loading)
-
-    return load
-
-
-def _rooted(path: str) -> str:
-    path = path.strip("/")
-    return f"/{path}" if path else ""
-
-
-def _log_to_stderr() -> None:
-    import logging
-
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
-    logging.getLogger("vila.serve").setLevel(logging.INFO)
+    return ServedModel(names[0], lambda: load_engine(open_model(model, loading), loading), (*names[1:], model))

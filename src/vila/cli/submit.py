@@ -18,15 +18,12 @@ def submit(
             "--output",
             "-o",
             help="Output directory. Default: playground/data/predictions_upload/NAME.",
-            show_default=False,
             callback=options.output_directory,
         ),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(
-            help="Benchmark data, such as playground/data/eval. Default: --data of the run.", show_default=False
-        ),
+        typer.Option(help="Benchmark data, such as playground/data/eval. Default: --data of the run."),
     ] = None,
 ) -> None:
     """Write and check submission files for the VQAv2, VizWiz and MMBench servers, and print the upload pages."""

@@ -40,7 +40,6 @@ def train(
             metavar="nodes=N,...",
             help="Submit a Slurm job instead: nodes, gpus (per node, default 8), cpus, partition, account, qos, "
             "constraint, reservation, time, grace (seconds, default 300), port.",
-            show_default=False,
         ),
     ] = "",
     allow_changes: Annotated[
@@ -48,7 +47,6 @@ def train(
         typer.Option(
             metavar="FIELD",
             help="Recipe field or section that may differ from the resumed run. Repeatable.",
-            show_default=False,
         ),
     ] = None,
 ) -> None:

@@ -3,49 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
 from vila.core.errors import ConfigError
 
-_PANEL = "Flags of the original run_llava.py (dashes or underscores)"
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class UpstreamOptions:
     """Flags of the original scripts. None and empty strings are flags that were not given."""
 
-    model_path: Annotated[
-        str,
-        typer.Option(
-            "--model-path", "--model-name", help="Alias of MODEL.", show_default=False, rich_help_panel=_PANEL
-        ),
-    ] = ""
-    conv_mode: Annotated[str, typer.Option(help="Alias of --template.", show_default=False, rich_help_panel=_PANEL)] = (
-        ""
-    )
-    query: Annotated[
-        str | None,
-        typer.Option(
-            help="Like --prompt, with \\n for a line break. Without <image> markers, images precede the text.",
-            show_default=False,
-            rich_help_panel=_PANEL,
-        ),
-    ] = None
-    image_file: Annotated[
-        str | None,
-        typer.Option(help="Image paths or URLs, separated by --sep.", show_default=False, rich_help_panel=_PANEL),
-    ] = None
-    sep: Annotated[str, typer.Option(help="Separator of --image-file.", rich_help_panel=_PANEL)] = ","
-    video_file: Annotated[
-        str | None, typer.Option(help="Alias of --video.", show_default=False, rich_help_panel=_PANEL)
-    ] = None
-    num_beams: Annotated[
-        int, typer.Option(help="Only 1 is supported; there is no beam search.", rich_help_panel=_PANEL)
-    ] = 1
-    load_4bit: Annotated[bool, typer.Option("--load-4bit", help="Not supported.", rich_help_panel=_PANEL)] = False
-    load_8bit: Annotated[bool, typer.Option("--load-8bit", help="Not supported.", rich_help_panel=_PANEL)] = False
+    panel: ClassVar = "Flags of the original run_llava.py (dashes or underscores)"
+
+    model_path: Annotated[str, typer.Option("--model-path", "--model-name")] = ""
+    """Alias of MODEL."""
+    conv_mode: str = ""
+    """Alias of --template."""
+    query: str | None = None
+    """Like --prompt, with \\n for a line break. Without <image> markers, images precede the text."""
+    image_file: str | None = None
+    """Image paths or URLs, separated by --sep."""
+    sep: str = ","
+    """Separator of --image-file."""
+    video_file: str | None = None
+    """Alias of --video."""
+    num_beams: int = 1
+    """Only 1 is supported; there is no beam search."""
+    load_4bit: Annotated[bool, typer.Option("--load-4bit")] = False
+    """Not supported."""
+    load_8bit: Annotated[bool, typer.Option("--load-8bit")] = False
+    """Not supported."""
 
     def check(self) -> None:
         """Raise ConfigError for features of the original that are not supported."""
