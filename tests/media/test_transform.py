@@ -14,7 +14,7 @@ from vila.core.types import Image
 from vila.core.vision_spec import IMAGE_MODES, VisionSpec
 from vila.media import transform
 from vila.media.image import open_image
-from vila.media.transform import normalise, pixels, resample_lines, shrinker, square_bytes, stack_pixels
+from vila.media.transform import normalise, pixels, resample_lines, shrinker, square_bytes
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pixels"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -141,7 +141,7 @@ def test_a_batch_normalises_to_the_pixels_of_each_image():
     images = [noise(20, 20 + i) for i in range(3)]
     squares = np.stack([square_bytes(image, spec) for image in images])
     assert squares.dtype == np.uint8
-    expected = stack_pixels([pixels(image, spec) for image in images])
+    expected = np.stack([pixels(image, spec) for image in images])
     buffer = np.zeros((5, 3, 56, 56), np.float32)
     assert np.shares_memory(normalise(squares, spec, buffer[1:4]), buffer)
     np.testing.assert_array_equal(buffer[1:4], expected)
@@ -185,17 +185,6 @@ def test_pixels_equal_those_of_the_released_code(key):
     spec = clip_spec(mode) if generation == "v1" else VisionSpec(70, 9, HALF, HALF, mode)
     array = pixels(open_image(Image(name), base=GOLDEN), spec)
     np.testing.assert_array_equal(array, np.load(GOLDEN / "pixels.npz")[key])
-
-
-def test_stacking_keeps_order_and_refuses_mixed_sizes():
-    a, b = (pixels(noise(20, 20 + i), clip_spec("pad")) for i in range(2))
-    stacked = stack_pixels([a, b])
-    assert stacked.shape == (2, 3, 56, 56)
-    np.testing.assert_array_equal(stacked[1], b)
-    with pytest.raises(ValueError):
-        stack_pixels([a, pixels(noise(20, 20), clip_spec("pad", 14))])
-    with pytest.raises(ValueError):
-        stack_pixels([])
 
 
 def test_images_that_are_not_rgb_and_unknown_modes_are_refused():

@@ -11,7 +11,7 @@ from vila.config.schema import Lora
 from vila.core.errors import ConfigError
 from vila.core.optional import MissingExtraError
 from vila.model.loading import load_model, save_model
-from vila.train.lora import adapter_parameters, add_adapters, merge_adapters, merged_tensors, save_adapter
+from vila.train.lora import adapter_parameters, add_adapters, save_adapter
 from vila.train.optimizer import select_trainable
 
 ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -66,19 +66,6 @@ class TestEveryFamily:
         projector = {name for name, _ in model.named_parameters() if name.startswith("projector.")}
         assert reached == {*adapter_parameters(model), *projector}
 
-    def test_merged_logits_equal_unmerged(self, family):
-        model, processor = adapted(family)
-        plain, _ = tiny.vila(family)
-        unmerged = logits(model, processor)
-        assert (unmerged - logits(plain, processor)).abs().max() > 0.1
-        tensors = merged_tensors(model, model.state_dict())
-        merge_adapters(model)
-        # worst of 3 families: 3.1e-6, fp32, torch 2.13, logits up to 4.7
-        torch.testing.assert_close(logits(model, processor), unmerged, rtol=0, atol=1e-5)
-        assert not hasattr(model, "peft_config")
-        assert model.state_dict().keys() == tensors.keys() == plain.state_dict().keys()
-        assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
-
 
 def test_the_seed_alone_draws_and_nothing_else_is_drawn():
     drawn = []
@@ -132,13 +119,14 @@ def test_a_target_that_is_no_linear_lists_those_there_are(wrong):
 
 
 def test_alpha_scales_what_an_adapter_adds():
-    weights = {}
+    added = {}
     for alpha in (8, 16):
         model, _ = adapted(lora=Lora(rank=4, alpha=alpha))
-        merge_adapters(model)
-        weights[alpha] = model.language_model.model.layers[0].mlp.up_proj.weight
-    base = tiny.vila()[0].language_model.model.layers[0].mlp.up_proj.weight
-    torch.testing.assert_close(weights[16] - base, 2 * (weights[8] - base), rtol=0, atol=1e-6)
+        layer = model.language_model.model.layers[0].mlp.up_proj
+        inputs = torch.ones(1, layer.in_features)
+        added[alpha] = layer(inputs) - layer.base_layer(inputs)
+    assert added[8].any()
+    torch.testing.assert_close(added[16], 2 * added[8], rtol=0, atol=1e-6)
 
 
 class TestWhatIsMissing:
@@ -162,16 +150,6 @@ class TestWhatIsMissing:
         with pytest.raises(ConfigError) as caught:
             add_adapters(tiny.vila()[0], Lora(rank=2, bits=8), seed=0)
         assert (caught.value.field, caught.value.value) == ("stage.lora.bits", 8)
-
-
-def test_an_llm_in_few_bits_is_not_merged_into():
-    model, _ = adapted()
-    layer = model.language_model.model.layers[0].self_attn.q_proj.base_layer
-    layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(ConfigError) as caught:
-        merge_adapters(model)
-    assert caught.value.field.endswith("layers.0.self_attn.q_proj")
-    assert caught.value.value == "torch.int8"
 
 
 def test_given_tensors_are_written_in_place_of_the_models_own(tmp_path):

@@ -8,7 +8,7 @@ computed, and bytes are converted to float in one division.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -142,14 +142,6 @@ def normalise(squares: Bytes, spec: VisionSpec, out: Pixels | None = None) -> Pi
         plane -= mean[channel]
         plane /= std[channel]
     return out
-
-
-def stack_pixels(arrays: Sequence[Pixels]) -> Pixels:
-    """Stack N arrays [3, S, S] to [N, 3, S, S]. Raises ValueError if the sizes differ or N is 0."""
-    shapes = sorted({array.shape for array in arrays})
-    if len(shapes) != 1:
-        raise ValueError(f"expected arrays of one shape, got {shapes or 'none'}")
-    return np.stack(arrays)
 
 
 def _resize(image: PilImage.Image, width: int, height: int) -> PilImage.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -25,7 +26,7 @@ from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
 from vila.train.build_data import build_data_stream, build_mixture, end_position, global_batch
 from vila.train.callbacks import MetricsCallback, ReportCallback
-from vila.train.checkpoint import Checkpoint, CheckpointWriter, Progress, clear_checkpoints, load_checkpoint, versions
+from vila.train.checkpoint import Checkpoint, CheckpointWriter, Progress, load_checkpoint, versions
 from vila.train.fsdp import World, open_world
 from vila.train.metrics import BadStepLog, build_mfu_meter
 from vila.train.optimizer import LRSchedule, count_parameters
@@ -115,7 +116,7 @@ class Run:
             }
             write_json(self.folder / "finished.json", finished)
             write_report(self.folder)
-            clear_checkpoints(self.folder / "checkpoint")
+            shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
         self.world.barrier()
         return model_dir(self.recipe)
 

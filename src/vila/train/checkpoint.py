@@ -17,7 +17,7 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -191,17 +191,16 @@ class CheckpointWriter:
 
     def _open(self, target: Path, stack: ExitStack) -> Path:
         """Create the directory that all ranks write into; it is renamed to `target` when `stack` closes."""
-        part, failed = target, ""
-        if self.world.is_main:
+
+        def create() -> Path:
             try:
                 part = stack.enter_context(atomic_path(target))
                 part.mkdir()
             except (OSError, VilaError) as error:
-                failed = _reason(error)
-        part, failed = self.world.all_gather_object((part, failed))[0]
-        if failed:
-            raise _unwritten(target, failed)
-        return part
+                raise _unwritten(target, _reason(error)) from error
+            return part
+
+        return self.world.run_on_main(create)
 
     def _write(
         self, part: Path, tensors: Mapping[str, Tensor], state: Checkpoint, rename: ExitStack, best: int | None
@@ -289,41 +288,38 @@ def load_checkpoint(folder: Path, world: World, events: Events = SILENT) -> Chec
     found = world.all_gather_object(checkpoint_folders(folder) if world.is_main else [])[0]
     damaged: list[tuple[Path, CheckpointError]] = []
     for candidate in reversed(found):
-        checkpoint, error = _load(candidate, world)
-        if error:
+        try:
+            checkpoint = _load(candidate, world)
+        except CheckpointError as error:
             damaged.append((candidate, error))
             continue
-        for other, error in damaged:
+        for other, problem in damaged:
             events.log(
-                f"note: {error}; resuming from {candidate.name}, the damaged one is renamed to {other.name}.damaged"
+                f"note: {problem}; resuming from {candidate.name}, the damaged one is renamed to {other.name}.damaged"
             )
             if world.is_main:
                 _set_aside(other)
-        if checkpoint and checkpoint.format == 1:
+        if checkpoint.format == 1:
             events.log(
                 f"note: {candidate} was written by version one of vila, without {MANIFEST} and {_INPUTS}: its files, "
                 "the data and the model cannot be verified"
             )
         return checkpoint
     if damaged:
-        error = damaged[0][1]
-        error.hint = "all checkpoints are damaged; restore one from a copy, or delete the run's directory to start over"
-        error.is_repeated = not world.is_main
-        raise error
+        problem = damaged[0][1]
+        problem.hint = (
+            "all checkpoints are damaged; restore one from a copy, or delete the run's directory to start over"
+        )
+        problem.is_repeated = not world.is_main
+        raise problem
     return None
 
 
-def _load(folder: Path, world: World) -> tuple[Checkpoint | None, CheckpointError | None]:
-    """Check and read a checkpoint; every rank returns the same."""
-    checkpoint: Checkpoint | None = None
-    problem: CheckpointError | None = None
-    try:
-        if not world.run_on_main(partial(_is_version_one, folder)):
-            check_files(folder, world)
-        checkpoint = read_state(folder) if world.is_main else None
-    except CheckpointError as error:
-        problem = error
-    return world.all_gather_object((checkpoint, problem))[0]
+def _load(folder: Path, world: World) -> Checkpoint:
+    """Check and read a checkpoint; every rank returns or raises the same."""
+    if not world.run_on_main(partial(_is_version_one, folder)):
+        check_files(folder, world)
+    return world.run_on_main(partial(read_state, folder))
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -429,11 +425,6 @@ def _read_streams(state: Fields) -> list[PackingStreamState]:
     return states
 
 
-def clear_checkpoints(folder: Path) -> None:
-    """Delete all checkpoints of a finished run."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def versions() -> dict[str, str]:
     """Return versions and settings that a resumed run compares in its log."""
     import transformers
@@ -467,8 +458,3 @@ def _reason(error: BaseException) -> str:
         causes: list[Any] = [cause for cause, _ in error.failures.values()]
         return "; ".join(dict.fromkeys(map(_reason, causes)))
     return str(error).partition("\n")[0] or type(error).__name__
-
-
-def flatten_stream_states(ranks: Sequence[Sequence[PackingStreamState]]) -> list[PackingStreamState]:
-    """Return the states of all packing streams in order, from those of each rank."""
-    return [state for states in ranks for state in states]

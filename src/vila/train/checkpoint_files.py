@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -57,19 +58,10 @@ def check_files(folder: Path, world: World) -> None:
     Files that are not in the manifest are ignored. Every rank raises the same CheckpointError, naming the first file
     that is missing or differs.
     """
-    files: dict[str, FileDigest] = {}
-    problem: CheckpointError | None = None
-    if world.is_main:
-        try:
-            files = read_manifest(folder)
-        except CheckpointError as error:
-            problem = error
-    files, problem = world.all_gather_object((files, problem))[0]
-    if problem is None:
-        names = sorted(files)[world.process.rank :: world.process.world_size]
-        problems = world.all_gather_object(_first_difference(folder, {name: files[name] for name in names}))
-        problem = next(filter(None, problems), None)
-    if problem is not None:
+    files = world.run_on_main(partial(read_manifest, folder))
+    names = sorted(files)[world.process.rank :: world.process.world_size]
+    problems = world.all_gather_object(_first_difference(folder, {name: files[name] for name in names}))
+    if problem := next(filter(None, problems), None):
         raise problem
 
 

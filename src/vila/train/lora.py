@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) and QLoRA (arXiv 2305.14314) for the LLM, with PEFT: add, save and merge adapters."""
+"""LoRA (arXiv 2106.09685) and QLoRA (arXiv 2305.14314) for the LLM, with PEFT: add and save adapters."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from vila.config.schema import Lora
 from vila.core.errors import ConfigError
 from vila.core.optional import require
-from vila.model.layouts.lora_adapter import merge_lora, write_adapter
+from vila.model.layouts.lora_adapter import write_adapter
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
 
 _LLM = "language_model"
-_DOWN, _UP, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer."
+_DOWN, _UP = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
 def add_adapters(model: VilaForConditionalGeneration, lora: Lora, seed: int) -> None:
@@ -75,56 +75,6 @@ def save_adapter(
     wanted = [*adapter_parameters(model), *(name for name in full if name.partition(".")[0] in parts)]
     chosen = {name: full[name].detach().cpu() for name in wanted}
     write_adapter(model, processor, chosen, folder, base=base, whole_modules=parts)
-
-
-def merge_adapters(model: VilaForConditionalGeneration) -> None:
-    """Merge the adapters into the LLM's weights (not sharded) and remove them, in place.
-
-    Raises ConfigError for an LLM quantized to 4 or 8 bits, where rounding would lose the adapters.
-    """
-    scale = _scale(model)
-    for name, layer in _adapted(model):
-        base = layer.get_submodule("base_layer")
-        assert isinstance(base, nn.Linear)
-        if not base.weight.is_floating_point():
-            raise ConfigError(
-                "an adapter cannot be merged into quantized weights",
-                field=name,
-                value=str(base.weight.dtype),
-                hint="save the adapter; loading or converting it merges it into the 16-bit weights of its base",
-            )
-        down, up = (layer.get_parameter(leaf.removeprefix(".")) for leaf in (_DOWN, _UP))
-        with torch.no_grad():
-            base.weight.data = merge_lora(base.weight, down, up, scale)
-        model.set_submodule(name, base)
-    del model.peft_config
-
-
-def merged_tensors(model: VilaForConditionalGeneration, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights with adapters merged, under the names of a model without adapters.
-
-    tensors: full weights of the model with adapters, by name.
-    """
-    scale = _scale(model)
-    out = {}
-    for name, tensor in tensors.items():
-        stem, inside, leaf = name.partition(_BASE)
-        if name.endswith((_DOWN, _UP)):
-            continue
-        is_adapted = inside and leaf == "weight"
-        new = merge_lora(tensor, tensors[stem + _DOWN], tensors[stem + _UP], scale) if is_adapted else tensor
-        out[f"{stem}.{leaf}" if inside else name] = new
-    return out
-
-
-def _scale(model: VilaForConditionalGeneration) -> float:
-    config = model.peft_config["default"]
-    return float(config.lora_alpha) / int(config.r)
-
-
-def _adapted(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    names = [name.removesuffix(_DOWN) for name in adapter_parameters(model) if name.endswith(_DOWN)]
-    return [(name, model.get_submodule(name)) for name in names]
 
 
 def _linears(model: VilaForConditionalGeneration) -> Iterator[tuple[str, nn.Linear]]:

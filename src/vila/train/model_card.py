@@ -184,15 +184,16 @@ def _card_front_matter(
 def _summary(recipe: Recipe, bases: Sequence[BaseModel]) -> str:
     made = " and ".join(f"`{base.name}`" for base in bases)
     kind = "An adapter for a visual language model" if recipe.stage.lora.rank else "A visual language model"
-    return f"{kind} trained from {made}. Trained in this stage: {_list(recipe.stage.tune)}."
+    return f"{kind} trained from {made}. Trained in this stage: {', '.join(recipe.stage.tune)}."
 
 
 def _settings(recipe: Recipe) -> list[tuple[str, str]]:
     stage, data, batch, optim, budget = recipe.stage, recipe.data, recipe.batch, recipe.optim, recipe.budget
     size = f"{batch.rows:,} packed rows" if batch.rows else f"{batch.samples:,} samples"
+    parts = f" ({', '.join(stage.llm_parts)} of the llm)" if stage.llm_parts else ""
     lora = f"rank {stage.lora.rank}, alpha {stage.lora.alpha:g}, dropout {stage.lora.dropout:g}"
     rows = [
-        ("trained modules", _list(stage.tune) + (f" ({_list(stage.llm_parts)} of the llm)" if stage.llm_parts else "")),
+        ("trained modules", ", ".join(stage.tune) + parts),
         ("LoRA adapters", f"{lora}, {stage.lora.bits}-bit base weights" if stage.lora.rank else ""),
         ("peak learning rate", f"{stage.lr:g}" + (f", projector {stage.lr_projector:g}" if stage.lr_projector else "")),
         ("schedule", f"linear warm-up over {write_percent(optim.warmup_ratio)} of the run, then cosine to zero"),
@@ -285,7 +286,3 @@ def _card_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def _cell(value: object) -> str:
     return " ".join(str(value).replace("|", "\\|").split())
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names)

@@ -54,22 +54,20 @@ class Preflight:
             self._check_entry(f"data.mixture.{number}", entry)
         with self.collected():
             streams_of_rank(0, ranks, recipe.batch.rows or recipe.batch.samples)
-        for check in (self._check_packages, self._check_output):
-            with self.collected():
-                check()
+        with self.collected():
+            require_packages(recipe)
+        with self.collected():
+            self._check_output()
 
     def raise_problems(self, is_note: Callable[[str], bool] = lambda field: False) -> list[str]:
         """Raise all problems as one error; return notes on the absent files of fields for which `is_note` is true.
 
         Raises a single problem itself; several as one ConfigError with a line for each.
         """
+        absent = {field: path for field, path in self.absent.items() if not is_note(field)}
         problems = [
             *self.problems,
-            *(
-                ConfigError("no such file or directory", field=field, value=path)
-                for field, path in self.absent.items()
-                if not is_note(field)
-            ),
+            *(ConfigError("no such file or directory", field=field, value=path) for field, path in absent.items()),
         ]
         if len(problems) == 1:
             raise problems[0]
@@ -133,9 +131,6 @@ class Preflight:
             self.absent[f"{field}.path"] = entry.path
         if entry.image_root and not Path(entry.image_root).exists():
             self.absent[f"{field}.image_root"] = entry.image_root
-
-    def _check_packages(self) -> None:
-        require_packages(self.recipe)
 
     def _check_output(self) -> None:
         output = self.recipe.output

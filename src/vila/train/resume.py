@@ -22,7 +22,7 @@ from vila.data.mixture import Mixture
 from vila.data.packing import PackingStreamState
 from vila.model.hub import cached_folder
 from vila.model.layouts.base import Checkpoint as ModelCheckpoint
-from vila.train.checkpoint import Checkpoint, CheckpointWriter, Progress, flatten_stream_states, versions
+from vila.train.checkpoint import Checkpoint, CheckpointWriter, Progress, versions
 from vila.train.fsdp import World
 from vila.train.optimizer import MasterAdamW
 from vila.train.random_state import random_state, seed_everything, set_random_state
@@ -82,7 +82,7 @@ class Checkpointer:
         process = self.world.process
         tensors = optimizer.state_tensors()
         tensors |= {_generator(process.rank, name): value for name, value in random_state().items()}
-        states = flatten_stream_states(self.world.all_gather_object(streams))
+        states = [state for rank in self.world.all_gather_object(streams) for state in rank]
         recipe: dict[str, Any] = self._recipe.model_dump(mode="json")
         state = Checkpoint(progress, states, recipe, versions(), process.world_size)
         self.writer.save(tensors, state, best=self._best_step())

@@ -68,6 +68,7 @@ class Tracker(TrainerCallback):
         # A run without a checkpoint starts over; so does its run of the tracker.
         is_resumed = self._state.is_file() and bool(checkpoint_folders(folder / "checkpoint"))
         before = Fields.of_file(self._state) if is_resumed else Fields({}, self._state)
+        self._is_closed = False
         self._id = before.text("id", "") or uuid.uuid4().hex[:8]
         self._sent = before.integer("step", 0, maximum=2**62)
         try:
@@ -100,11 +101,14 @@ class Tracker(TrainerCallback):
 
     def close(self) -> None:
         """End the run of the service. Further calls do nothing."""
-        service, self._service = self._service, _Closed()
-        service.close()
-        atexit.unregister(self.close)
+        if not self._is_closed:
+            self._is_closed = True
+            self._service.close()
+            atexit.unregister(self.close)
 
     def _send(self, step: int, values: dict[str, float]) -> None:
+        if self._is_closed:
+            return
         self._service.send(values, step)
         self._sent = step
         self._state.parent.mkdir(parents=True, exist_ok=True)
@@ -167,18 +171,6 @@ class _Run:
 
     def close(self) -> None:
         self._run.finish()
-
-
-class _Closed:
-    """Service of a closed tracker."""
-
-    rewinds = False
-
-    def send(self, values: dict[str, float], step: int) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 def _wandb(recipe: Recipe, folder: Path, run_id: str) -> Service:
