@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
 
 from vila.core.errors import CancelledError, ContextOverflowError, DeadlineError
 from vila.core.types import Image, Message, Video
@@ -25,7 +24,7 @@ from vila.media.limits import DEFAULT_LIMITS, MediaLimits
 from vila.serve.errors import internal_error, to_api_error
 from vila.serve.messages import Limits, Threads, read_messages
 from vila.serve.metrics import Metrics
-from vila.serve.models import Models, ServedModel
+from vila.serve.models import Models
 from vila.serve.schema import ChatRequest
 
 if TYPE_CHECKING:
@@ -54,16 +53,10 @@ def sampling_params(request: ChatRequest, max_tokens: int) -> list[SamplingParam
             repetition_penalty=request.repetition_penalty or 1.0,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             logprobs=max(1, request.top_logprobs or 0) if request.logprobs else 0,
-            seed=_choice_seed(seed, choice),
+            seed=seed if choice == 0 else int.from_bytes(sha256(f"{seed}/{choice}".encode()).digest()[:8]) >> 1,
         )
         for choice in range(request.n or 1)
     ]
-
-
-def _choice_seed(seed: int, choice: int) -> int:
-    if choice == 0:
-        return seed
-    return int.from_bytes(hashlib.sha256(f"{seed}/{choice}".encode()).digest()[:8], "big") >> 1
 
 
 class GenerationRequest:
@@ -72,8 +65,10 @@ class GenerationRequest:
     def __init__(self, batcher: Batcher, request: ChatRequest, deadline: float, client: str = "") -> None:
         """deadline: time of the monotonic clock by which all answers must be complete; client: for fair scheduling."""
         self.request, self.deadline, self.client = request, deadline, client
+        self.processor = batcher.engine.processor
         self.handles: list[RequestHandle] = []
         self._batcher = batcher
+        self._context = batcher.engine.model.config.context_length
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, TokenEvent | BaseException]] = asyncio.Queue()
         self._cancelled = False
@@ -86,14 +81,12 @@ class GenerationRequest:
         Raises what `Batcher.submit` raises, and DeadlineError if preparation took too long.
         """
         try:
-            processor = self._batcher.engine.processor
-            self._check_media(messages)
-            self._check_text(messages)
+            self._check_length(messages)
             # Videos are decoded once for all n answers.
-            messages = processor.expand_videos(
+            messages = self.processor.expand_videos(
                 messages,
-                processor.find_template().media_gap,
-                shrink=processor.spec,
+                self.processor.find_template().media_gap,
+                shrink=self.processor.spec,
                 limits=media,
                 cancelled=self.is_cancelled,
             )
@@ -103,20 +96,13 @@ class GenerationRequest:
             except ContextOverflowError:
                 if self.request.limit is not None:
                     raise
-                remaining = self._context - len(processor.prompt(messages).ids)
+                remaining = self._context - len(self.processor.prompt(messages).ids)
                 if not 1 <= remaining < max_tokens:
                     raise
                 self._submit(messages, remaining)
-        except BaseException:
-            self.cancel()
-            raise
-        if self._cancelled:
-            self.cancel()
-
-    @property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer."""
-        return self._batcher.engine.processor.tokenizer
+        finally:
+            if self._cancelled:
+                self.cancel()
 
     def is_cancelled(self) -> bool:
         """Return whether the request was cancelled."""
@@ -144,19 +130,17 @@ class GenerationRequest:
                 return
             remaining = self.deadline - time.monotonic()
             if remaining <= 0:
-                raise DeadlineError("the request could not be prepared in time")
+                raise _not_prepared()
             handle = self._batcher.submit(
                 messages, params, timeout=remaining, on_event=partial(self._on_event, choice), owner=self.client
             )
             self.handles.append(handle)
 
-    @property
-    def _context(self) -> int:
-        return self._batcher.engine.model.config.context_length
-
-    def _check_media(self, messages: Sequence[Message]) -> None:
-        # Before anything is decoded: the frames of many videos would fill the memory.
-        spec = self._batcher.engine.processor.spec
+    def _check_length(self, messages: Sequence[Message]) -> None:
+        """Raise ContextOverflowError before anything is decoded or tokenized: the frames of many videos would fill the
+        memory, and tokenizing megabytes of text takes seconds and holds the GIL.
+        """
+        spec = self.processor.spec
         frames = sum(
             (part.num_frames or spec.num_video_frames) if isinstance(part, Video) else isinstance(part, Image)
             for message in messages
@@ -167,11 +151,8 @@ class GenerationRequest:
                 f"{frames} images and video frames take {frames * spec.tokens_per_image} tokens, but the model's "
                 f"context length is {self._context}; send fewer images, or videos with a smaller num_frames"
             )
-
-    def _check_text(self, messages: Sequence[Message]) -> None:
-        # Before tokenization, which takes seconds for megabytes of text and holds the GIL.
         length = sum(len(message.text) for message in messages)
-        min_tokens = length // self._batcher.engine.processor.span_tokenizer.longest_token
+        min_tokens = length // self.processor.span_tokenizer.longest_token
         if min_tokens >= self._context:
             raise ContextOverflowError(
                 f"the text has {length:,} characters, thus at least {min_tokens:,} tokens, but the model's context "
@@ -185,6 +166,10 @@ class GenerationRequest:
         self._has_text = True
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._events.put_nowait, (choice, event))
+
+
+def _not_prepared() -> DeadlineError:
+    return DeadlineError("the request could not be prepared in time")
 
 
 @dataclass
@@ -232,52 +217,106 @@ class LogprobFormatter:
         return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if is_whole else None}
 
 
-@dataclass(frozen=True)
-class CompletionFormat:
-    """Builds the JSON objects of one response: a chat.completion, or its chunks."""
+class ChatCompletion:
+    """The response to one request, as one JSON object or as server-sent events; records latencies and usage."""
 
-    model: str
-    id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(16)}")
-    created: int = field(default_factory=lambda: int(time.time()))
+    def __init__(self, generation: GenerationRequest, model: str, metrics: Metrics, http: Request) -> None:
+        self._generation, self._model, self._metrics, self._http = generation, model, metrics, http
+        self._id, self._created = f"chatcmpl-{secrets.token_hex(16)}", int(time.time())
+        self._first = 0.0
+        self._formatters: list[LogprobFormatter] = []
+        if generation.request.logprobs:
+            decode = decoder_of(generation.processor.tokenizer, skip_special_tokens=False)
+            top = generation.request.top_logprobs or 0
+            self._formatters = [LogprobFormatter(decode, top) for _ in generation.handles]
 
-    def completion(self, choices: Sequence[Mapping[str, Any]], usage: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a response that is not streamed."""
-        return self._object("chat.completion", choices=choices, usage=usage)
+    async def whole(self) -> dict[str, Any]:
+        """Wait for all answers and return the chat.completion object."""
+        async for _ in self._events():
+            pass
+        choices = []
+        for index, handle in enumerate(self._generation.handles):
+            answer = handle.generation(0)
+            choices.append(
+                {
+                    "index": index,
+                    "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                    "logprobs": self._logprobs(index, answer.logprobs),
+                    "finish_reason": answer.finish,
+                }
+            )
+        return self._object("chat.completion", choices=choices, usage=self._usage())
 
-    def chunk(
-        self,
-        choice: int,
-        delta: Mapping[str, Any],
-        *,
-        finish: str | None = None,
-        logprobs: list[dict[str, Any]] | None = None,
+    async def stream(self) -> AsyncIterator[bytes]:
+        """Yield the server-sent events. An error becomes the last one, because the status is already sent."""
+        options = self._generation.request.stream_options
+        with_usage = bool(options and options.include_usage)
+        try:
+            async for chunk in self._chunks():
+                yield _event({**chunk, "usage": None} if with_usage else chunk)
+            usage = self._usage()
+            if with_usage:
+                yield _event(self._object("chat.completion.chunk", choices=[], usage=usage))
+            yield b"data: [DONE]\n\n"
+        except Exception as error:  # noqa: BLE001 - outermost handler of the stream
+            known = to_api_error(error)
+            if known is None:
+                _log.exception("%s failed while streaming", self._http.state.request_id)
+            yield _event((known or internal_error(self._http.state.request_id)).body)
+
+    async def _chunks(self) -> AsyncIterator[dict[str, Any]]:
+        handles = self._generation.handles
+        for choice in range(len(handles)):
+            yield self._chunk(choice, {"role": "assistant", "content": ""})
+        trimmers = [StreamTrimmer() for _ in handles]
+        num_sent = [0] * len(handles)
+        async for choice, event in self._events():
+            text = trimmers[choice].push(event.text)
+            new = handles[choice].logprobs[num_sent[choice] :] if self._formatters else ()
+            num_sent[choice] += len(new)
+            if text or new:
+                yield self._chunk(choice, {"content": text}, logprobs=self._logprobs(choice, new))
+            if event.finish:
+                yield self._chunk(choice, {}, finish=event.finish)
+
+    async def _events(self) -> AsyncIterator[tuple[int, TokenEvent]]:
+        async for choice, event in self._generation.events():
+            if not self._first:
+                self._first = time.monotonic()
+                self._metrics.first_token.labels(self._model).observe(self._first - self._http.state.begun)
+            yield choice, event
+
+    def _usage(self) -> dict[str, Any]:
+        """Return the token counts, the prompt once and all answers; also for the log and the metrics."""
+        handles, now = self._generation.handles, time.monotonic()
+        prompt, new = handles[0].prompt_tokens, sum(len(handle.generation(0).ids) for handle in handles)
+        self._metrics.request.labels(self._model).observe(now - self._http.state.begun)
+        if new > 1:
+            self._metrics.per_token.labels(self._model).observe((now - self._first) / (new - 1))
+        usage = {
+            "prompt_tokens": prompt,
+            "completion_tokens": new,
+            "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": handles[0].cached_tokens},
+        }
+        self._http.state.usage = usage
+        return usage
+
+    def _logprobs(self, choice: int, reports: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        return {"content": self._formatters[choice].push(reports), "refusal": None} if self._formatters else None
+
+    def _chunk(
+        self, choice: int, delta: dict[str, str], *, finish: str | None = None, logprobs: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Return a chunk of one answer."""
-        part = {"index": choice, "delta": delta, "logprobs": _logprobs(logprobs), "finish_reason": finish}
+        part = {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return self._object("chat.completion.chunk", choices=[part])
 
-    def usage_chunk(self, usage: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the last chunk, with the usage."""
-        return self._object("chat.completion.chunk", choices=[], usage=usage)
-
     def _object(self, name: str, **fields: Any) -> dict[str, Any]:
-        return {"id": self.id, "object": name, "created": self.created, "model": self.model, **fields}
+        return {"id": self._id, "object": name, "created": self._created, "model": self._model, **fields}
 
 
-def _logprobs(logprobs: list[dict[str, Any]] | None) -> dict[str, Any] | None:
-    return None if logprobs is None else {"content": logprobs, "refusal": None}
-
-
-def usage_object(handles: Sequence[RequestHandle]) -> dict[str, Any]:
-    """Return the token counts of a finished request: its prompt once, and all answers."""
-    prompt = handles[0].prompt_tokens
-    new = sum(len(handle.generation(0).ids) for handle in handles)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": new,
-        "total_tokens": prompt + new,
-        "prompt_tokens_details": {"cached_tokens": handles[0].cached_tokens},
-    }
+def _event(data: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
 
 @dataclass
@@ -296,7 +335,7 @@ class Service:
         self.metrics = Metrics(self.models)
 
     async def answer(self, request: ChatRequest, http: Request) -> Response:
-        """Return the response to a request. On an error, which it raises, the request is cancelled."""
+        """Return the response to a request, which is cancelled when `http.state.exits` is closed."""
         deadline = time.monotonic() + self.limits.request_s
         model = self.models.find(request.model)
         batcher = self.models.batcher(model)
@@ -304,159 +343,41 @@ class Service:
         model.concurrency.acquire(client, count)
         http.state.exits.callback(model.concurrency.release, client, count)
         generation = GenerationRequest(batcher, request, deadline, client)
+        http.state.exits.callback(generation.cancel)
         if self.log_prompts:
             turns = json.dumps([[turn.role, turn.text] for turn in request.messages])
             _log.info("%s %s", http.state.request_id, turns)
-        try:
-            await _cancel_on_disconnect(self._prepare(generation), http)
-            timer = _LatencyTimer(self.metrics, model, http.state.begun)
-            if request.stream:
-                return _EventStreamResponse(_EventStream(generation, timer, http))
-            body = await _cancel_on_disconnect(_complete(generation, timer), http)
-        except BaseException:
-            generation.cancel()
-            raise
-        http.state.usage = body["usage"]
-        return JSONResponse(body)
+        return await _cancel_on_disconnect(self._respond(generation, model.name, http), http)
 
-    async def _prepare(self, generation: GenerationRequest) -> None:
+    async def _respond(self, generation: GenerationRequest, model: str, http: Request) -> Response:
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout_at(loop.time() + generation.deadline - time.monotonic()):
-            messages = await read_messages(generation.request, self.limits, self.threads, generation.is_cancelled)
-            submit = partial(generation.submit, messages, self.limits.media)
-            await loop.run_in_executor(self.threads.for_preparing(messages), submit)
-
-
-@dataclass
-class _LatencyTimer:
-    """Records the latency metrics of one request."""
-
-    metrics: Metrics
-    model: ServedModel
-    begun: float
-    first: float = 0.0
-
-    def on_text(self) -> None:
-        if not self.first:
-            self.first = time.monotonic()
-            self.metrics.first_token.labels(self.model.name).observe(self.first - self.begun)
-
-    def on_end(self, tokens: int) -> None:
-        now = time.monotonic()
-        self.metrics.request.labels(self.model.name).observe(now - self.begun)
-        if tokens > 1:
-            self.metrics.per_token.labels(self.model.name).observe((now - self.first) / (tokens - 1))
-
-
-async def _complete(generation: GenerationRequest, timer: _LatencyTimer) -> dict[str, Any]:
-    async for _ in generation.events():
-        timer.on_text()
-    usage = usage_object(generation.handles)
-    timer.on_end(usage["completion_tokens"])
-    choices = []
-    for index, handle in enumerate(generation.handles):
-        answer = handle.generation(0)
-        formatter = _logprob_formatter(generation)
-        choices.append(
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": answer.text, "refusal": None},
-                "logprobs": _logprobs(formatter.push(answer.logprobs) if formatter else None),
-                "finish_reason": answer.finish,
-            }
-        )
-    return CompletionFormat(timer.model.name).completion(choices, usage)
-
-
-class _EventStream:
-    """The server-sent events of a streamed response."""
-
-    def __init__(self, generation: GenerationRequest, timer: _LatencyTimer, http: Request) -> None:
-        self.generation, self.timer, self.http = generation, timer, http
-        self.format = CompletionFormat(timer.model.name)
-        options = generation.request.stream_options
-        self.with_usage = bool(options and options.include_usage)
-
-    async def lines(self) -> AsyncIterator[bytes]:
         try:
-            async for chunk in self._chunks():
-                yield _event({**chunk, "usage": None} if self.with_usage and "usage" not in chunk else chunk)
-            yield b"data: [DONE]\n\n"
-        except Exception as error:  # noqa: BLE001 - the status is already sent, so the error becomes an event
-            known = to_api_error(error)
-            if known is None:
-                _log.exception("%s failed while streaming", self.http.state.request_id)
-            yield _event((known or internal_error(self.http.state.request_id)).body)
-
-    async def _chunks(self) -> AsyncIterator[dict[str, Any]]:
-        handles = self.generation.handles
-        for choice in range(len(handles)):
-            yield self.format.chunk(choice, {"role": "assistant", "content": ""})
-        trimmers = [StreamTrimmer() for _ in handles]
-        formatters = [_logprob_formatter(self.generation) for _ in handles]
-        num_sent = [0] * len(handles)
-        async for choice, event in self.generation.events():
-            self.timer.on_text()
-            text, logprobs = trimmers[choice].push(event.text), None
-            if formatter := formatters[choice]:
-                new = handles[choice].logprobs[num_sent[choice] :]
-                num_sent[choice] += len(new)
-                logprobs = formatter.push(new)
-            if text or logprobs:
-                yield self.format.chunk(choice, {"content": text}, logprobs=logprobs)
-            if event.finish:
-                yield self.format.chunk(choice, {}, finish=event.finish)
-        usage = usage_object(handles)
-        self.timer.on_end(usage["completion_tokens"])
-        self.http.state.usage = usage
-        if self.with_usage:
-            yield self.format.usage_chunk(usage)
-
-
-class _EventStreamResponse(StreamingResponse):
-    """Sends an event stream and cancels its generation when the response ends in any way."""
-
-    def __init__(self, stream: _EventStream) -> None:
+            async with asyncio.timeout_at(loop.time() + generation.deadline - time.monotonic()):
+                messages = await read_messages(generation.request, self.limits, self.threads, generation.is_cancelled)
+                submit = partial(generation.submit, messages, self.limits.media)
+                await loop.run_in_executor(self.threads.for_preparing(messages), submit)
+        except TimeoutError as error:
+            raise error if isinstance(error, DeadlineError) else _not_prepared() from error
+        completion = ChatCompletion(generation, model, self.metrics, http)
+        if not generation.request.stream:
+            return JSONResponse(await completion.whole())
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(stream.lines(), media_type="text/event-stream", headers=headers)
-        self._generation = stream.generation
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._generation.cancel()
-
-
-def _event(data: Mapping[str, Any]) -> bytes:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
-
-
-def _logprob_formatter(generation: GenerationRequest) -> LogprobFormatter | None:
-    if not generation.request.logprobs:
-        return None
-    decode = decoder_of(generation.tokenizer, skip_special_tokens=False)
-    return LogprobFormatter(decode, generation.request.top_logprobs or 0)
+        return StreamingResponse(completion.stream(), media_type="text/event-stream", headers=headers)
 
 
 async def _cancel_on_disconnect(work: Awaitable[T], http: Request) -> T:
     """Return the result of `work`; cancel it and raise vila's CancelledError if the client disconnects."""
-    task = asyncio.ensure_future(work)
-    disconnect = asyncio.ensure_future(_wait_for_disconnect(http))
+
+    async def wait_for_disconnect() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    task, disconnect = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect())
     try:
         await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise CancelledError("the client closed the connection")
         return task.result()
-    except TimeoutError as error:
-        if isinstance(error, DeadlineError):
-            raise
-        raise DeadlineError("the request could not be prepared in time") from error
     finally:
-        for pending in (task, disconnect):
-            pending.cancel()
-
-
-async def _wait_for_disconnect(http: Request) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
+        task.cancel()
+        disconnect.cancel()
