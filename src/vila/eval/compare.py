@@ -165,8 +165,7 @@ def _page(
         for one in comparisons
     ]
     page.plot(bar_plot(groups, title="Second run minus first, in percentage points", write=format_signed))
-    table = _table(names, comparisons)
-    page.table(table.header, table.rows)
+    page.table(*_table(names, comparisons))
     if remarks := _remarks(comparisons, left_out):
         page.text("Remarks:").table((), remarks)
     for one in comparisons:

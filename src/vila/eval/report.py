@@ -21,7 +21,6 @@ from vila.eval.report_data import (
     summarize_benchmark,
 )
 from vila.eval.report_tables import (
-    Table,
     add_few_shot_sections,
     as_json,
     as_markdown,
@@ -114,7 +113,7 @@ def _published(page: Page, run: EvalRun, summaries: Sequence[BenchmarkSummary]) 
         "Comparison with the published models",
         f"Published: {table.source}. Intervals are 95 % bootstrap intervals of this model's score, resampled by image.",
     )
-    _add(page, rows)
+    page.table(*rows)
     _pairs(page, "Before comparing", comparison_caveats(summaries))
     _pairs(page, "Without a score", missing_scores(run, summaries))
 
@@ -124,7 +123,7 @@ def _others(page: Page, run: EvalRun, summaries: Sequence[BenchmarkSummary]) -> 
     if rows is None:
         return
     page.section("Other benchmarks", "VILA has no published scores on these benchmarks.")
-    _add(page, rows)
+    page.table(*rows)
     if published_rows(run, summaries) is None:
         _pairs(page, "Without a score", missing_scores(run, summaries))
 
@@ -137,8 +136,8 @@ def _benchmark(page: Page, each: BenchmarkSummary) -> None:
     page.text(format_headline(each))
     if each.categories:
         groups = [
-            Group(f"{one.name} ({one.questions:,})", {"score": one.mean}, {"score": (one.low, one.high)})
-            for one in each.categories
+            Group(f"{name} ({one.questions:,})", {"score": one.mean}, {"score": (one.low, one.high)})
+            for name, one in each.categories.items()
         ]
         page.plot(
             bar_plot(groups, title="Mean question score by category", write=_percent, full=100.0),
@@ -149,24 +148,19 @@ def _benchmark(page: Page, each: BenchmarkSummary) -> None:
     if each.failed:
         more = "" if each.failed == len(each.failures) else f"; the first {len(each.failures)}"
         page.table(["question", "error"], each.failures, f"{count_questions(each.failed)} failed{more}.")
-    _gallery(page, each)
+    if each.sample:
+        page.gallery(
+            [card(one) for one in each.sample],
+            f"{len(each.sample)} of {each.wrong:,} questions with less than half of the points, chosen by a hash of "
+            "their id, so that the reports of two runs show the same questions.",
+            photos=True,
+        )
     if each.metrics:
         rows = flatten_metrics(each.metrics)
         inner = page.details("All metrics")
         inner.table((), [(name, shorten(str(value), _MAX_VALUE_CHARS)) for name, value in rows[:_MAX_METRICS]])
         if len(rows) > _MAX_METRICS:
             inner.text(f"{len(rows) - _MAX_METRICS} more are in report.json.")
-
-
-def _gallery(page: Page, each: BenchmarkSummary) -> None:
-    if not each.sample:
-        return
-    page.gallery(
-        [card(one) for one in each.sample],
-        f"{len(each.sample)} of {each.wrong:,} questions with less than half of the points, chosen by a hash of their "
-        "id, so that the reports of two runs show the same questions.",
-        photos=True,
-    )
 
 
 def card(one: SampleQuestion) -> Card:
@@ -188,11 +182,7 @@ def _speed(page: Page, summaries: Sequence[BenchmarkSummary]) -> None:
     rows = speed_table(summaries)
     if rows is not None:
         page.section("Speed", "The time includes loading and transforming images.")
-        _add(page, rows)
-
-
-def _add(page: Page, table: Table) -> None:
-    page.table(table.header, table.rows, table.caption)
+        page.table(*rows)
 
 
 def _pairs(page: Page, caption: str, rows: Sequence[tuple[str, str]]) -> None:

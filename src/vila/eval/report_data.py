@@ -10,7 +10,7 @@ RUN/BENCHMARK/speed.json                seconds, number of answers, and tokens w
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -28,7 +28,7 @@ from vila.eval.benchmark import BENCHMARKS, Item, QuestionScore, ScoringProtocol
 from vila.eval.benchmarks.scienceqa import LETTER_INSTRUCTION
 from vila.eval.predictions import PREDICTIONS_FILE, read_question_scores
 from vila.eval.published import benchmark_title, published_table
-from vila.eval.significance import mean_interval
+from vila.eval.significance import Interval, mean_interval
 from vila.media.image import open_image
 from vila.media.video import open_frames
 from vila.report.html import MAX_SIDE
@@ -40,6 +40,7 @@ _MAX_FAILURES = 5
 _MAX_WRONG = 8
 _RESERVED_KEYS = ("benchmark", "model", "rules", "score", "unit", "interval", "notes", "problem")
 """Keys of scores.json that are not metrics."""
+_UNFINISHED = "not finished: no scores.json; the same `vila eval` command resumes it"
 _MAX_NUMBER = 10**12
 _WRONG_BELOW = 0.5
 """Questions with a score below this count as wrong."""
@@ -174,17 +175,6 @@ class EvalRun:
 
 
 @dataclass(frozen=True, slots=True)
-class CategoryScore:
-    """Mean score of a question category in percent, with its 95 % interval."""
-
-    name: str
-    mean: float
-    low: float
-    high: float
-    questions: int
-
-
-@dataclass(frozen=True, slots=True)
 class Speed:
     """Inference time of all sessions. tokens: generated; None, like prompt_tokens, where they were not counted."""
 
@@ -201,6 +191,7 @@ class BenchmarkSummary:
     score:    None if there is none; `problem` says why.
     interval: `mean`, `low` and `high` in the unit of the score, or of the mean question score in percent.
     asked:    questions of the run. scored: questions with a score. wrong: those with less than half of the points.
+    categories: mean question scores by category, sorted; empty if there is only one.
     failed:   questions without an answer because of an error. failures: id and error of the first ones.
     sample:   some of the wrong answers; the same ones in every report.
     """
@@ -215,7 +206,7 @@ class BenchmarkSummary:
     asked: int
     scored: int
     wrong: int
-    categories: tuple[CategoryScore, ...]
+    categories: Mapping[str, Interval]
     metrics: Mapping[str, Any]
     notes: tuple[str, ...]
     failed: int
@@ -259,7 +250,8 @@ def read_run(folder: Path) -> EvalRun:
 
 def summarize_benchmark(name: str, folder: Path, items: Callable[[], Sequence[Item]]) -> BenchmarkSummary:
     """Summarize a benchmark's folder. items: returns its items; called only if a sample needs their images."""
-    scores = _scores(folder / "scores.json")
+    path = folder / "scores.json"
+    scores = read_scores(path) if path.is_file() else _checked_scores(Fields({"problem": _UNFINISHED}, path))
     question_scores = read_question_scores(folder)
     failed, failures = _failed(folder / PREDICTIONS_FILE)
     wrong = [score for score in question_scores if score.value < _WRONG_BELOW]
@@ -275,7 +267,7 @@ def summarize_benchmark(name: str, folder: Path, items: Callable[[], Sequence[It
         asked=run.integer("questions", 0) if run else 0,
         scored=len(question_scores),
         wrong=len(wrong),
-        categories=tuple(_category_scores(question_scores)),
+        categories=_category_scores(question_scores),
         metrics={key: value for key, value in scores.items() if key not in _RESERVED_KEYS},
         notes=tuple(scores["notes"]),
         failed=failed,
@@ -283,13 +275,6 @@ def summarize_benchmark(name: str, folder: Path, items: Callable[[], Sequence[It
         speed=_speed(folder / "speed.json"),
         sample=load_samples(sample_scores(wrong, name, _MAX_WRONG), folder / PREDICTIONS_FILE, items),
     )
-
-
-def _scores(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        problem = "not finished: no scores.json; the same `vila eval` command resumes it"
-        return _checked_scores(Fields({"problem": problem}, path))
-    return read_scores(path)
 
 
 def read_scores(path: Path) -> dict[str, Any]:
@@ -316,18 +301,16 @@ def _checked_scores(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _category_scores(scores: Sequence[QuestionScore]) -> Iterable[CategoryScore]:
-    """Yield the most frequent categories, sorted by name; none if there is only one."""
+def _category_scores(scores: Sequence[QuestionScore]) -> dict[str, Interval]:
+    """Return the most frequent categories, sorted by name; none if there is only one."""
     by_category: dict[str, list[QuestionScore]] = defaultdict(list)
     for score in scores:
         by_category[score.category or "no category"].append(score)
     if len(by_category) < 2:
-        return
-    sizes = Counter({category: len(own) for category, own in by_category.items()})
-    for category in sorted(category for category, _ in sizes.most_common(_MAX_CATEGORIES)):
-        found = mean_interval(by_category[category])
-        assert found is not None
-        yield CategoryScore(category, found.mean, found.low, found.high, found.questions)
+        return {}
+    largest = sorted(by_category, key=lambda category: -len(by_category[category]))[:_MAX_CATEGORIES]
+    found = {category: mean_interval(by_category[category]) for category in sorted(largest)}
+    return {category: interval for category, interval in found.items() if interval}
 
 
 def _failed(path: Path) -> tuple[int, tuple[tuple[str, str], ...]]:

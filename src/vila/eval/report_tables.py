@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from vila.core.errors import DataError
 from vila.eval.predictions import read_question_scores
@@ -20,9 +20,8 @@ from vila.report.plots import Dots, dot_plot
 NOT_RUN = "not run"
 
 
-@dataclass(frozen=True)
-class Table:
-    """Header, rows and caption of a table; cells are text, numbers or None."""
+class Table(NamedTuple):
+    """Arguments of `Page.table`."""
 
     header: list[str]
     rows: list[list[Cell]]
@@ -41,7 +40,7 @@ def published_rows(run: EvalRun, summaries: Sequence[BenchmarkSummary]) -> Table
         rows.append(
             [
                 known.title if known.unit == "%" else f"{known.title} ({known.unit})",
-                format_score(each) if each and each.score is not None else None,
+                _score_cell(each) if each else None,
                 format_interval(each) if each else "left out" if name in run.left_out else NOT_RUN,
                 *(f"{known.scores[model]:,}" for model in table.models),
             ]
@@ -242,8 +241,7 @@ def add_few_shot_sections(page: Page, run: EvalRun, summaries: Sequence[Benchmar
                 x_label="number of examples",
             )
         )
-        table = few_shot_table(run, curves)
-        page.table(table.header, table.rows, table.caption)
+        page.table(*few_shot_table(run, curves))
 
 
 def few_shot_table(run: EvalRun, curves: FewShotCurves) -> Table:
@@ -318,7 +316,8 @@ def _benchmark(each: BenchmarkSummary) -> list[str]:
     parts = [f"## {cell(each.title)}", cell(format_headline(each))]
     if each.categories:
         rows: list[list[Cell]] = [
-            [one.name, one.questions, f"{one.mean:.1f}", f"{one.low:.1f} to {one.high:.1f}"] for one in each.categories
+            [name, one.questions, f"{one.mean:.1f}", f"{one.low:.1f} to {one.high:.1f}"]
+            for name, one in each.categories.items()
         ]
         parts.append(markdown_table(Table(["category", "questions", "mean score (%)", "95 % interval"], rows)))
     parts += bullets("Notes:", [("", note) for note in each.notes])
@@ -347,7 +346,10 @@ def _as_json(each: BenchmarkSummary) -> dict[str, Any]:
     return {
         **{name: getattr(each, name) for name in each.__dataclass_fields__},
         "interval_is_of_score": each.interval_is_of_score,
-        "categories": [asdict(category) for category in each.categories],
+        "categories": [
+            {"name": name, "mean": one.mean, "low": one.low, "high": one.high, "questions": one.questions}
+            for name, one in each.categories.items()
+        ],
         "speed": asdict(each.speed) if each.speed else None,
         "sample": [{"question": one.question, **asdict(one.score)} for one in each.sample],
     }

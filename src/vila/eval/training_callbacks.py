@@ -27,30 +27,65 @@ from vila.train.random_state import random_state, set_random_state
 from vila.train.trainer import Trainer, TrainerCallback
 
 
-class PromptCallback(TrainerCallback):
+class PeriodicCallback(TrainerCallback):
+    """Runs every few steps and at the end of training, and appends a record of each run to a log.
+
+    The log is opened at the first call, when the step that training resumes from is known.
+    """
+
+    def __init__(self, every: int, log: Path) -> None:
+        """every: steps between runs; 0: only at the end."""
+        self.every, self.log = every, log
+        self._steps: set[int] | None = None
+        self._file: MetricsLog | None = None
+
+    def run(self, trainer: Trainer, step: int) -> None:
+        """Run after a step."""
+        raise NotImplementedError
+
+    def resumed(self, trainer: Trainer) -> None:
+        """React to the records of earlier steps, once, when the log is open."""
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Run every `every` steps."""
+        step = metrics["step"]
+        self._open(trainer, step - 1)
+        if self.every and step % self.every == 0:
+            self.run(trainer, step)
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Run, unless the last step did."""
+        if trainer.progress.step not in self._open(trainer, trainer.progress.step):
+            self.run(trainer, trainer.progress.step)
+
+    def write(self, trainer: Trainer, step: int, row: dict[str, Any]) -> None:
+        """Append a record."""
+        self._open(trainer, step).add(step)
+        if self._file:
+            self._file.write(step=step, **row)
+
+    def _open(self, trainer: Trainer, step: int) -> set[int]:
+        """Return the steps with records; the first call drops those after `step`."""
+        if self._steps is None:
+            # Every rank reads the same file and must get the same result.
+            self._steps = {row["step"] for row in read_metrics(self.log) if row["step"] <= step}
+            if trainer.world.is_main:
+                self._file = MetricsLog(self.log, step)
+            self.resumed(trainer)
+        return self._steps
+
+
+class PromptCallback(PeriodicCallback):
     """Answers fixed prompts every few steps and at the end of training; appends to `answers.jsonl`."""
 
     def __init__(
         self, prompts: tuple[Prompt, ...], every: int, folder: Path, processor: VilaProcessor, events: Events
     ) -> None:
-        """every: steps between answers; 0: only at the end."""
-        self.prompts, self.every, self.processor, self.events = prompts, every, processor, events
-        self.folder = folder
-        self._log = _Log(folder / "answers.jsonl")
+        super().__init__(every, folder / "answers.jsonl")
+        self.prompts, self.processor, self.events, self.folder = prompts, processor, events, folder
 
-    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Answer the prompts every `every` steps."""
-        self._log.open(trainer, metrics["step"] - 1)
-        if self.every and metrics["step"] % self.every == 0:
-            self._answer(trainer, metrics["step"])
-
-    def on_train_end(self, trainer: Trainer) -> None:
-        """Answer the prompts, unless the last step did."""
-        self._log.open(trainer, trainer.progress.step)
-        if trainer.progress.step not in self._log.steps:
-            self._answer(trainer, trainer.progress.step)
-
-    def _answer(self, trainer: Trainer, step: int) -> None:
+    def run(self, trainer: Trainer, step: int) -> None:
+        """Answer the prompts."""
         with task(self.events, f"prompts after step {step:,}", len(self.prompts), "answers"), inference_mode(trainer):
             engine = Engine(trainer.state.model, self.processor)
             for prompt in self.prompts:
@@ -62,11 +97,11 @@ class PromptCallback(TrainerCallback):
                     # A prompt that exceeds the context must not stop the run.
                     row |= {"answer": "", "error": str(error)}
                     self.events.log(f"prompt {prompt.text!r} has no answer: {error}")
-                self._log.write(trainer, step, row)
+                self.write(trainer, step, row)
                 self.events.advanced(f"prompts after step {step:,}")
 
 
-class EvaluationCallback(TrainerCallback):
+class EvaluationCallback(PeriodicCallback):
     """Runs a benchmark every few steps and at the end of training.
 
     Appends to `evaluations.jsonl`, writes the best score to `best.json` and predictions below `evaluations/`.
@@ -75,25 +110,15 @@ class EvaluationCallback(TrainerCallback):
     def __init__(
         self, benchmark: Benchmark, every: int, folder: Path, processor: VilaProcessor, events: Events
     ) -> None:
-        self.benchmark, self.every, self.folder, self.processor, self.events = (
-            benchmark, every, folder, processor, events,
-        )  # fmt: skip
-        self._log = _Log(folder / "evaluations.jsonl")
+        super().__init__(every, folder / "evaluations.jsonl")
+        self.benchmark, self.processor, self.events, self.folder = benchmark, processor, events, folder
 
-    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Evaluate every `every` steps."""
-        if self._log.open(trainer, metrics["step"] - 1):
-            self._write_best(trainer)
-        if metrics["step"] % self.every == 0:
-            self._evaluate(trainer, metrics["step"])
+    def resumed(self, trainer: Trainer) -> None:
+        """Write the best score of the steps that are left."""
+        self._write_best(trainer)
 
-    def on_train_end(self, trainer: Trainer) -> None:
-        """Evaluate the trained model, unless the last step did."""
-        self._log.open(trainer, trainer.progress.step)
-        if trainer.progress.step not in self._log.steps:
-            self._evaluate(trainer, trainer.progress.step)
-
-    def _evaluate(self, trainer: Trainer, step: int) -> None:
+    def run(self, trainer: Trainer, step: int) -> None:
+        """Evaluate the model."""
         began = time.monotonic()
         with inference_mode(trainer), self._output_dir(trainer, step) as out:
             result = run_benchmark(
@@ -104,7 +129,7 @@ class EvaluationCallback(TrainerCallback):
                 events=self.events if trainer.world.is_main else SILENT,
             )
         assert result  # every rank answers every question: sharded weights need all ranks at every token
-        self._log.write(trainer, step, _record(result, time.monotonic() - began))
+        self.write(trainer, step, _record(result, time.monotonic() - began))
         self._write_best(trainer)
 
     @contextmanager
@@ -122,7 +147,7 @@ class EvaluationCallback(TrainerCallback):
         if not trainer.world.is_main:
             return
         path = self.folder / "best.json"
-        scored = [row for row in self._log.read() if row.get("score") is not None]
+        scored = [row for row in read_metrics(self.log) if row.get("score") is not None]
         if scored:
             # The first of equals, whose checkpoint has been kept since.
             best = max(scored, key=lambda row: (row["score"], -row["step"]))
@@ -145,35 +170,6 @@ def inference_mode(trainer: Trainer) -> Iterator[None]:
             # Not `train()`, which also changes submodules.
             module.training = training
         set_random_state(state)
-
-
-class _Log:
-    """A log with records of some steps. It is opened at the first callback, when the resumed step is known."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.steps: set[int] = set()
-        self._file: MetricsLog | None = None
-        self._is_open = False
-
-    def open(self, trainer: Trainer, step: int) -> bool:
-        """Drop the records after `step` at the first call; return whether this was the first call."""
-        if self._is_open:
-            return False
-        self._is_open = True
-        # Every rank reads the same file and must get the same result.
-        self.steps = {row["step"] for row in read_metrics(self.path) if row["step"] <= step}
-        if trainer.world.is_main:
-            self._file = MetricsLog(self.path, step)
-        return True
-
-    def write(self, trainer: Trainer, step: int, row: dict[str, Any]) -> None:
-        self.steps.add(step)
-        if self._file:
-            self._file.write(step=step, **row)
-
-    def read(self) -> list[dict[str, Any]]:
-        return read_metrics(self.path)
 
 
 def _record(run: BenchmarkRun, seconds: float) -> dict[str, Any]:
