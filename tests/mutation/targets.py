@@ -290,7 +290,7 @@ def _quantization() -> Iterator[Target]:
         (root / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def use_text(root: Path) -> None:
-        text_calibration(read_documents(root / "a.jsonl"), tiny.tokenizer(), block=64, max_rows=2)
+        text_calibration(read_documents(root / "a.jsonl"), tiny.tokenizer(), length=64, max_sequences=2)
 
     def write_search(root: Path) -> None:
         write_cache(root)
@@ -307,10 +307,10 @@ def _training() -> Iterator[Target]:
 
     def write(root: Path) -> None:
         write_training_files(root, records=6)
-        _stand_run(root, "output.checkpoint_every_s=0.001", "budget.tokens=400")
+        _train(root, "output.checkpoint_every_s=0.001", "budget.tokens=400")
 
     def resume(root: Path) -> None:
-        _stand_run(root, "output.checkpoint_every_s=0.001", "budget.tokens=400")
+        _train(root, "output.checkpoint_every_s=0.001", "budget.tokens=400")
 
     def report(root: Path) -> None:
         from vila.train.report import write_report
@@ -321,7 +321,7 @@ def _training() -> Iterator[Target]:
     yield Target("training report", write, report)
 
 
-def _stand_run(root: Path, *overrides: str) -> None:
+def _train(root: Path, *overrides: str) -> None:
     from tests.train.tiny_run import tiny_recipe
     from vila.train.build import build
 
@@ -329,7 +329,7 @@ def _stand_run(root: Path, *overrides: str) -> None:
     os.chdir(root)
     run = build(tiny_recipe(Path(), "out", *overrides))
     run.trainer.run()
-    run.checkpoints.wait()
+    run.trainer.checkpointer.wait()
 
 
 def _command_line() -> Iterator[Target]:
@@ -355,9 +355,9 @@ def _command_line() -> Iterator[Target]:
         (root / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def use_questions(root: Path) -> None:
-        from vila.cli.question_files import read_rows
+        from vila.cli.prompt_input import read_prompt_records
 
-        read_rows(root / "q.jsonl")
+        read_prompt_records(root / "q.jsonl")
 
     yield Target("recipe", write_recipe, use_recipe)
     yield Target("csv", write_csv, use_csv)
