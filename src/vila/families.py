@@ -5,7 +5,7 @@ To add a family, add an entry to `FAMILIES` and a tiny model to `tests/tiny.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,6 +126,21 @@ def unsupported_blocks(text_config: Any, layers: Any) -> Iterator[str]:
     names = {name for name, module in layers[0].named_modules() if hasattr(module, "weight")}
     if changed := names ^ find_family(text_config.model_type).block_layers:
         yield f"decoder blocks with added or missing layers: {', '.join(sorted(changed))}"
+
+
+def head_width(text_config: Any) -> int:
+    """Return the width of an attention head."""
+    return int(getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads)
+
+
+def num_kv_heads(text_config: Any) -> int:
+    """Return the number of key-value heads."""
+    return int(getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads)
+
+
+def rope_parameters(text_config: Any) -> Mapping[str, Any]:
+    """Return the rotary position settings; empty if there are none."""
+    return getattr(text_config, "rope_parameters", None) or {}
 
 
 def attention_windows(text_config: Any) -> list[int | None]:

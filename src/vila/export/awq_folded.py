@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from vila.export.base import ExportOptions, Readme, full_precision_problems
-
-if TYPE_CHECKING:
-    from vila.export.source import ExportSource
-
+from vila.export.llava_folder import llava_problems, llava_tensors, write_llava_files
+from vila.export.source import ExportSource, write_tensors
 
 _PRECISIONS = {
     "as-is": "every weight in the dtype of the model's files",
@@ -31,23 +30,12 @@ class FoldedTarget:
 
     def problems(self, source: ExportSource, options: ExportOptions) -> list[str]:
         """Return the reasons why transformers' LLaVA does not support the model."""
-        from vila.export.llava_folder import llava_problems
-
         return [*full_precision_problems(source), *llava_problems(source)]
 
     def write(self, source: ExportSource, part: Path, options: ExportOptions) -> None:
         """Write the weights one by one, then the other files."""
-        import torch
-
-        from vila.export.llava_folder import copy_tensor, llava_tensors, write_llava_files
-        from vila.export.source import SafetensorsWriter
-
         dtype = None if options.precision == "as-is" else getattr(torch, options.precision)
-        tensors = llava_tensors(source)
-        declared = {name: (one.shape, dtype or one.dtype) for name, one in tensors.items()}
-        with SafetensorsWriter(part, declared) as writer:
-            for name, one in tensors.items():
-                copy_tensor(writer, name, one, declared[name][1])
+        write_tensors(part, (one.copied(name, dtype or one.dtype) for name, one in llava_tensors(source).items()))
         write_llava_files(source, part, dtype or source.dtype, {})
 
     def readme(self, source: ExportSource, options: ExportOptions) -> Readme:

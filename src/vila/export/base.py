@@ -128,40 +128,29 @@ def _unused_options(target: ExportTarget, source: ExportSource, options: ExportO
 
 def render_readme(target: ExportTarget, source: ExportSource, options: ExportOptions, out: str) -> str:
     """Return the text of README.md. out: name of the directory, used in the commands."""
-    return "\n".join(_lines(target, source, options, out)) + "\n"
-
-
-def _lines(target: ExportTarget, source: ExportSource, options: ExportOptions, out: str) -> Iterator[str]:
-    readme = target.readme(source, options)
-    config = source.config
-    yield f"# {out}"
-    yield ""
-    yield f"{target.summary}."
-    yield ""
-    yield f"- Format: `{target.name}`, {options.precision}: {target.precisions[options.precision]}"
-    yield (
+    readme, config = target.readme(source, options), source.config
+    lines = [
+        *(f"# {out}", "", f"{target.summary}.", ""),
+        f"- Format: `{target.name}`, {options.precision}: {target.precisions[options.precision]}",
         f"- Model: {config.text_config.model_type} with {config.text_config.num_hidden_layers} layers of "
         f"{config.text_config.hidden_size}, a {config.vision_config.model_type} tower and the projector "
-        f"{config.projector_type}"
-    )
-    yield f"- Chat template: {f'`{config.template}`' if config.template else 'unknown'}"
-    if source.search is not None:
-        yield "- AWQ scales and clipping limits are folded into the weights."
-    yield f"- Written by vila {__version__}: `vila export MODEL --format {target.name}`"
-    yield from _section("How to run it", ())
-    yield "Run these commands in the parent directory:"
-    for heading, lines in readme.commands:
-        yield from ("", f"{heading}:", "", "```sh", *lines.replace("{out}", out).splitlines(), "```")
-    yield from _section("Versions", (*readme.versions, f"Verification of this format: {target.verification}."))
-    if readme.defects:
-        yield from _section("Known defects", readme.defects)
-    if readme.notes:
-        yield from _section("Notes", readme.notes)
+        f"{config.projector_type}",
+        f"- Chat template: {f'`{config.template}`' if config.template else 'unknown'}",
+        *(["- AWQ scales and clipping limits are folded into the weights."] if source.search is not None else []),
+        f"- Written by vila {__version__}: `vila export MODEL --format {target.name}`",
+        *_section("How to run it", ()),
+        "Run these commands in the parent directory:",
+    ]
+    for heading, text in readme.commands:
+        lines += ["", f"{heading}:", "", "```sh", *text.replace("{out}", out).splitlines(), "```"]
+    lines += _section("Versions", (*readme.versions, f"Verification of this format: {target.verification}."))
+    for title, items in (("Known defects", readme.defects), ("Notes", readme.notes)):
+        lines += _section(title, items) if items else []
+    return "\n".join(lines) + "\n"
 
 
-def _section(title: str, items: Sequence[str]) -> Iterator[str]:
-    yield from ("", f"## {title}", "")
-    yield from (f"- {item}" for item in items)
+def _section(title: str, items: Sequence[str]) -> list[str]:
+    return ["", f"## {title}", "", *(f"- {item}" for item in items)]
 
 
 METADATA_FILE = "vila_export.json"
@@ -203,14 +192,16 @@ def check_output(out: Path, source: Path, overwrite: bool, *, num_bytes: int = 0
 
     num_bytes: disk space that is needed at least.
     """
+
+    def refusal(problem: str, hint: str) -> ConfigError:
+        return ConfigError(problem, file=out, field="--output", hint=hint)
+
     if not os.path.lexists(out):
         check_writable(out, field="--output", is_replaced=True, num_bytes=num_bytes)
     remove_partials(out.parent, out.name)
     here, there = source.resolve(), out.resolve()
     if here == there or there in here.parents:
-        raise ConfigError(
-            "contains the model that is exported", file=out, field="--output", hint="use another directory"
-        )
+        raise refusal("contains the model that is exported", "use another directory")
     if not out.exists():
         return
     if not out.is_dir():
@@ -219,19 +210,9 @@ def check_output(out: Path, source: Path, overwrite: bool, *, num_bytes: int = 0
     if not any(out.iterdir()):
         return
     if not overwrite:
-        raise ConfigError(
-            "is not empty",
-            file=out,
-            field="--output",
-            hint="use another directory, or --overwrite to replace an export",
-        )
+        raise refusal("is not empty", "use another directory, or --overwrite to replace an export")
     if not (out / METADATA_FILE).is_file():
-        raise ConfigError(
-            "is not an export, so --overwrite does not replace it",
-            file=out,
-            field="--output",
-            hint="remove it, or use another directory",
-        )
+        raise refusal("is not an export, so --overwrite does not replace it", "remove it, or use another directory")
 
 
 def full_precision_problems(source: ExportSource) -> list[str]:

@@ -7,17 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vila.export.base import ExportOptions, Readme, choose_group_size, int4_problems
-from vila.export.llava_folder import (
-    LlavaTensor,
-    copy_tensor,
-    llava_problems,
-    llava_tensors,
-    module_name,
-    write_llava_files,
-)
-from vila.export.source import ExportSource, SafetensorsWriter
+from vila.export.llava_folder import LlavaTensor, llava_problems, llava_tensors, write_llava_files
+from vila.export.source import ExportSource, StreamedTensors, write_tensors
 from vila.kernels.packings import CODES_PER_WORD, pack_compressed
 
 IGNORE = ("lm_head", "re:.*lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*")
@@ -125,43 +119,35 @@ TARGET = CompressedTensorsTarget()
 
 # N outputs  K inputs  G inputs of a group
 
-Entry = tuple[tuple[int, ...], torch.dtype]
-
 
 def write_compressed(source: ExportSource, part: Path, group_size: int, symmetric: bool) -> None:
     """Write decoder Linears in 4 bits, in three or four tensors each, and all other weights in 16 bits."""
     linears = {f"{name}.weight" for name in source.block_linears()}
-    tensors = llava_tensors(source)
-    declared: dict[str, Entry] = {}
-    for name, one in tensors.items():
-        if one.source_name in linears:
-            declared |= _declared(module_name(name), one, source.half_dtype, group_size, symmetric)
-        else:
-            declared[name] = (one.shape, source.half_dtype)
-    with SafetensorsWriter(part, declared) as writer:
-        for name, one in tensors.items():
-            if one.source_name in linears:
-                _write_linear(writer, module_name(name), one, source, group_size, symmetric)
-            else:
-                copy_tensor(writer, name, one, source.half_dtype)
+    write_tensors(
+        part,
+        (
+            _int4(name.removesuffix(".weight"), one, source, group_size, symmetric)
+            if one.source_name in linears
+            else one.copied(name, source.half_dtype)
+            for name, one in llava_tensors(source).items()
+        ),
+    )
 
 
-def _declared(stem: str, one: LlavaTensor, dtype: torch.dtype, group_size: int, symmetric: bool) -> dict[str, Entry]:
+def _int4(stem: str, one: LlavaTensor, source: ExportSource, group_size: int, symmetric: bool) -> StreamedTensors:
     outputs, inputs = one.shape
-    entries: dict[str, Entry] = {
+    dtype = source.half_dtype
+    specs = {
         f"{stem}.weight_packed": ((outputs, inputs // CODES_PER_WORD), torch.int32),
         f"{stem}.weight_scale": ((outputs, inputs // group_size), dtype),
         f"{stem}.weight_shape": ((2,), torch.int64),
     }
     if not symmetric:
-        entries[f"{stem}.weight_zero_point"] = ((outputs // CODES_PER_WORD, inputs // group_size), torch.int32)
-    return entries
+        specs[f"{stem}.weight_zero_point"] = ((outputs // CODES_PER_WORD, inputs // group_size), torch.int32)
 
+    def chunks() -> Iterator[dict[str, Tensor]]:
+        yield {f"{stem}.weight_shape": torch.tensor(one.shape)}
+        for weight in source.int4_rows(one.source_name, group_size, symmetric=symmetric, scale_dtype=dtype):
+            yield {f"{stem}.{leaf}": rows for leaf, rows in pack_compressed(weight, symmetric=symmetric).items()}
 
-def _write_linear(
-    writer: SafetensorsWriter, stem: str, one: LlavaTensor, source: ExportSource, group_size: int, symmetric: bool
-) -> None:
-    writer.append(f"{stem}.weight_shape", torch.tensor(one.shape))
-    for weight in source.int4_rows(one.source_name, group_size, symmetric=symmetric, scale_dtype=source.half_dtype):
-        for suffix, tensor in pack_compressed(weight, symmetric=symmetric).items():
-            writer.append(f"{stem}.{suffix}", tensor)
+    return StreamedTensors(specs, chunks)

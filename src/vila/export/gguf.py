@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gguf import GGUFWriter
 
@@ -20,10 +19,7 @@ from vila.export.gguf_llm import (
 )
 from vila.export.gguf_mmproj import add_mmproj_metadata, mmproj_problems, mmproj_tensors, preprocessing_notes
 from vila.export.gguf_tensors import kept_int4_problems, write_gguf
-
-if TYPE_CHECKING:
-    from vila.export.source import ExportSource
-
+from vila.export.source import ExportSource
 
 MODEL, MMPROJ = "model-{precision}.gguf", "mmproj-f16.gguf"
 PRECISIONS = {
@@ -53,7 +49,6 @@ class GgufTarget:
 
     def problems(self, source: ExportSource, options: ExportOptions) -> list[str]:
         """Return the reasons why llama.cpp does not support LLM, tokenizer, tower or projector."""
-
         reasons = [
             *llm_problems(source.config.text_config),
             *kept_int4_problems(source, options.precision),
@@ -67,7 +62,6 @@ class GgufTarget:
 
     def write(self, source: ExportSource, part: Path, options: ExportOptions) -> None:
         """Write model-PRECISION.gguf and, for `gguf`, mmproj-f16.gguf."""
-
         config = source.config
         vocabulary = build_vocabulary(source.processor, config.text_config.vocab_size)
 
@@ -128,7 +122,6 @@ class GgufTarget:
         return defects
 
     def _notes(self, source: ExportSource) -> list[str]:
-
         config = source.config.text_config
         notes = preprocessing_notes(source.config) if self.has_vision else []
         if context_length(config) < config.max_position_embeddings:

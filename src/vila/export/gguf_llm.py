@@ -8,24 +8,19 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from gguf import GGUFWriter, RopeScalingType
 from torch import Tensor
 
 from vila.chat.jinja import chat_template
 from vila.chat.templates import find_template
 from vila.core.errors import LayoutError
 from vila.export.gguf_tensors import GgufTensor, TensorType, choose_type, int4_chunks
-from vila.export.source import CHUNK_BYTES, LLM
-from vila.families import FAMILIES, find_family
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
-
-    from vila.export.source import ExportSource
-    from vila.model.processor import VilaProcessor
-
+from vila.export.source import CHUNK_BYTES, LLM, ExportSource
+from vila.families import FAMILIES, find_family, head_width, num_kv_heads, rope_parameters
+from vila.model.processor import VilaProcessor
 
 TYPES = {"f16": TensorType.F16, "q8_0": TensorType.Q8_0, "q4_0": TensorType.Q4_0, "q4_1": TensorType.Q4_1}
 _FILE_TYPES = {"f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7}
@@ -50,7 +45,7 @@ def llm_problems(config: Any) -> list[str]:
     supported = [family.model_type for family in FAMILIES.values() if family.gguf]
     if config.model_type not in supported:
         reasons.append(f"LLM type {config.model_type!r} is not supported; supported: {', '.join(supported)}")
-    rope = _rope(config).get("rope_type", "default")
+    rope = rope_parameters(config).get("rope_type", "default")
     if rope not in _ROPES:
         reasons.append(f"rope_type {rope!r} is not supported; supported: {', '.join(_ROPES)}")
     if getattr(config, "use_sliding_window", False):
@@ -77,16 +72,14 @@ def add_llm_metadata(writer: GGUFWriter, config: Any, precision: str) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(_kv_heads(config))
-    writer.add_key_length(_head_width(config))
-    writer.add_value_length(_head_width(config))
+    writer.add_head_count_kv(num_kv_heads(config))
+    writer.add_key_length(head_width(config))
+    writer.add_value_length(head_width(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(_head_width(config))
-    rope = _rope(config)
+    writer.add_rope_dimension_count(head_width(config))
+    rope = rope_parameters(config)
     writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
     if rope.get("rope_type") == "linear":
-        from gguf import RopeScalingType
-
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
 
@@ -107,11 +100,13 @@ def llm_tensors(source: ExportSource, precision: str) -> list[GgufTensor]:
         wanted = TensorType.Q8_0 if module in _OUTSIDE and precision in ("q4_0", "q4_1") else TYPES[precision]
         shape = packed[name].shape if name in packed else source.shape(name)
         type_ = choose_type(wanted, shape)
-        rows = partial(int4_chunks, source, f"{LLM}{module}", type_) if name in packed else partial(_rows, source, name)
+        # Quantization to blocks makes several float32 copies of a chunk.
+        rows = partial(source.rows, name, torch.float32, CHUNK_BYTES // 4)
+        rows = partial(int4_chunks, source, f"{LLM}{module}", type_) if name in packed else rows
         chunks = partial(_reorder, rows, _head_rows(module, config))
         tensors.append(GgufTensor(f"{_gguf_name(module)}.{leaf}", shape, type_, chunks))
-    if _rope(config).get("rope_type") == "llama3":
-        factors = llama3_rope_factors(_rope(config), _head_width(config))
+    if rope_parameters(config).get("rope_type") == "llama3":
+        factors = llama3_rope_factors(rope_parameters(config), head_width(config))
         tensors.append(GgufTensor("rope_freqs.weight", tuple(factors.shape), TensorType.F32, lambda: iter([factors])))
     return tensors
 
@@ -137,11 +132,6 @@ def llama3_rope_factors(rope: Any, width: int) -> Tensor:
     return (1 / ((1 - ramp) / factor + ramp)).float()
 
 
-def _rows(source: ExportSource, name: str) -> Iterator[Tensor]:
-    # Quantization to blocks makes several float32 copies of a chunk.
-    return source.rows(name, torch.float32, CHUNK_BYTES // 4)
-
-
 def _reorder(rows_of: Callable[[], Iterator[Tensor]], width: int) -> Iterator[Tensor]:
     """Yield the rows, with the rotary halves interleaved in every head of `width` rows; 0 keeps their order."""
     if not width:
@@ -159,7 +149,7 @@ def _reorder(rows_of: Callable[[], Iterator[Tensor]], width: int) -> Iterator[Te
 def _head_rows(module: str, config: Any) -> int:
     """Return the rows of a head that must be interleaved, else 0: llama.cpp rotates adjacent rows in `llama` only."""
     rotated = module.endswith(("self_attn.q_proj", "self_attn.k_proj"))
-    return _head_width(config) if rotated and find_family(config.model_type).gguf == "llama" else 0
+    return head_width(config) if rotated and find_family(config.model_type).gguf == "llama" else 0
 
 
 def _gguf_name(module: str) -> str:
@@ -172,18 +162,6 @@ def _gguf_name(module: str) -> str:
 def _order(name: str) -> tuple[int, str]:
     parts = name.removeprefix(LLM).split(".")
     return (int(parts[2]) if parts[1] == "layers" else -1, name)
-
-
-def _rope(config: Any) -> Any:
-    return getattr(config, "rope_parameters", None) or {}
-
-
-def _kv_heads(config: Any) -> int:
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-
-
-def _head_width(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

@@ -6,20 +6,17 @@ the first projector matrix even if there is no second one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from gguf import GGUFWriter
 from torch import Tensor
 
 from vila.export.gguf_tensors import GgufTensor, TensorType, choose_type
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
-
-    from vila.export.source import ExportSource
-    from vila.model.config import VilaConfig
+from vila.export.source import ExportSource
+from vila.model.config import VilaConfig
+from vila.model.vision_tower import block_index
 
 TOWERS = {"clip_vision_model": "patch", "siglip_vision_model": "cls_patch"}
 """Supported towers and their `select_feature`: llama.cpp passes all tokens but a class token to the projector."""
@@ -68,8 +65,7 @@ def mmproj_problems(config: VilaConfig) -> list[str]:
 
 def num_used_blocks(config: VilaConfig) -> int:
     """Return the number of tower blocks up to the feature layer of the projector."""
-    depth = int(config.vision_config.num_hidden_layers)
-    return config.select_layer if config.select_layer >= 0 else depth + 1 + config.select_layer
+    return block_index(config.select_layer, int(config.vision_config.num_hidden_layers))
 
 
 def add_mmproj_metadata(writer: GGUFWriter, config: VilaConfig) -> None:
@@ -116,7 +112,7 @@ def _projector(source: ExportSource) -> list[GgufTensor]:
     else:
         held = _exact_linear(*_only_linear(source))
     return [
-        GgufTensor(name, tuple(value.shape), choose_type(TensorType.F16, value.shape), partial(_once, value))
+        GgufTensor(name, tuple(value.shape), choose_type(TensorType.F16, value.shape), partial(iter, (value,)))
         for name, value in held.items()
     ]
 
@@ -139,10 +135,6 @@ def _only_linear(source: ExportSource) -> tuple[Tensor, Tensor]:
         return torch.eye(width), torch.zeros(width)
     bias, weight = (source.read(name, torch.float32) for name in names)
     return weight, bias
-
-
-def _once(value: Tensor) -> Iterator[Tensor]:
-    yield value
 
 
 def _gguf_name(name: str, blocks: int) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -15,12 +15,10 @@ from gguf.quants import quantize
 from torch import Tensor
 
 from vila.core.errors import LayoutError
+from vila.export.source import ExportSource
 from vila.kernels.int4 import Int4Weight, dequantize, pack_nibbles, unpack_nibbles
 from vila.kernels.packings import half_scales
 from vila.model.int4_weights import read_packed
-
-if TYPE_CHECKING:
-    from vila.export.source import ExportSource
 
 TensorType = GGMLQuantizationType
 Describe = Callable[[GGUFWriter], None]

@@ -18,7 +18,7 @@ from transformers import AddedToken, GenerationConfig
 
 from vila.core.errors import LayoutError
 from vila.core.files import write_json
-from vila.export.source import LLM, ExportSource, SafetensorsWriter
+from vila.export.source import LLM, ExportSource, StreamedTensors
 from vila.model.layouts import llava_hf as files
 from vila.model.layouts.base import to_layout_name
 from vila.model.layouts.llava_hf import check_writable
@@ -41,6 +41,10 @@ class LlavaTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     rows: Callable[[torch.dtype], Iterator[Tensor]]
+
+    def copied(self, name: str, dtype: torch.dtype) -> StreamedTensors:
+        """Return the tensor under its name in the directory, converted to a dtype."""
+        return StreamedTensors({name: (self.shape, dtype)}, lambda: ({name: rows} for rows in self.rows(dtype)))
 
 
 def llava_problems(source: ExportSource) -> list[str]:
@@ -79,17 +83,6 @@ def write_llava_files(source: ExportSource, part: Path, dtype: torch.dtype, extr
     files.write_processor(source.processor, tokenizer, config, part)
     generation = SimpleNamespace(generation_config=GenerationConfig.from_dict(dict(source.checkpoint.generation)))
     files.write_generation(generation, source.processor, image_id, part)
-
-
-def copy_tensor(writer: SafetensorsWriter, name: str, tensor: LlavaTensor, dtype: torch.dtype) -> None:
-    """Write a tensor under a declared name, converted to a dtype."""
-    for rows in tensor.rows(dtype):
-        writer.append(name, rows)
-
-
-def module_name(name: str) -> str:
-    """Return the name of the Linear that a weight belongs to."""
-    return name.removesuffix(".weight")
 
 
 def _tokenizer(source: ExportSource) -> tuple[Any, int]:

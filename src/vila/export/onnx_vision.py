@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+
+from vila.core.files import write_json
 from vila.export.base import ExportOptions, Readme
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from vila.export.source import ExportSource
+from vila.export.source import ExportSource
+from vila.model.modeling import VilaForConditionalGeneration
+from vila.model.weights import published_names
 
 OPSET = 17
 """Version of the ONNX operators of the graph; supported since onnxruntime 1.12 and TensorRT 8.6."""
 GRAPH, PREPROCESSING = "vision.onnx", "vision.json"
 _PARTS = ("vision_tower.", "projector.")
+_PRECISIONS = {"f32": "float32 throughout"}
 
 
-@dataclass(frozen=True)
 class OnnxVisionTarget:
     """`vision.onnx`: input `pixels` float32 [N, 3, S, S], output `vectors` float32 [N, P, D]; N is dynamic."""
 
-    name: str = "onnx"
-    summary: str = "Vision tower and projector as one ONNX graph, for onnxruntime, TensorRT and others"
-    precisions: Mapping[str, str] = field(default_factory=lambda: {"f32": "float32 throughout"})
+    name = "onnx"
+    summary = "Vision tower and projector as one ONNX graph, for onnxruntime, TensorRT and others"
+    precisions = _PRECISIONS
     options: frozenset[str] = frozenset()
-    has_llm: bool = False
-    verification: str = "run in onnxruntime with several batch sizes; outputs within 1e-4 of the model"
+    has_llm = False
+    verification = "run in onnxruntime with several batch sizes; outputs within 1e-4 of the model"
 
     def problems(self, source: ExportSource, options: ExportOptions) -> list[str]:
         """Return an empty list: ONNX has the operators of every tower and projector."""
@@ -38,8 +40,6 @@ class OnnxVisionTarget:
 
     def write(self, source: ExportSource, part: Path, options: ExportOptions) -> None:
         """Write vision.onnx, and vision.json with the preprocessing; weights over 2 GB go into a separate file."""
-        from vila.core.files import write_json
-
         side = source.processor.spec.image_size
         export_graph(vision_module(source), side, part / GRAPH)
         facts = {"opset": OPSET, "input": "pixels", "output": "vectors", **source.processor.spec.to_dict()}
@@ -72,14 +72,6 @@ class OnnxVisionTarget:
 
 def vision_module(source: ExportSource) -> nn.Module:
     """Return tower and projector in float32 and eval mode; the weights of the LLM are not read."""
-    import torch
-    from accelerate import init_empty_weights
-    from torch import nn
-    from transformers.initialization import no_init_weights
-
-    from vila.model.modeling import VilaForConditionalGeneration
-    from vila.model.weights import published_names
-
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = VilaForConditionalGeneration(source.config)
     here = published_names(model)
@@ -104,8 +96,6 @@ def vision_module(source: ExportSource) -> nn.Module:
 
 def _interpolate_positions(tower: Any, side: int) -> None:
     """Interpolate the position embeddings of DINOv2 once, before export: runtimes interpolate differently."""
-    import torch
-
     if tower.config.model_type != "dinov2" or tower.config.image_size == side:
         return
     embeddings = tower.embeddings
@@ -118,7 +108,6 @@ def _interpolate_positions(tower: Any, side: int) -> None:
 def export_graph(module: nn.Module, side: int, path: Path) -> None:
     """Trace `module` for batches of images of `side` pixels, and check the graph."""
     import onnx
-    import torch
 
     with warnings.catch_warnings(), torch.no_grad():
         # All shapes but the batch are constants, which the tracer warns about.

@@ -6,10 +6,10 @@ At most one chunk is in memory. AWQ scales and clipping limits are applied with 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Literal
@@ -214,6 +214,11 @@ class ExportSource:
                 self.events.advanced("export", part.nbytes)
                 yield part if dtype is None else _cast(name, part, dtype)
 
+    def copied(self, name: str, target: str, dtype: torch.dtype) -> StreamedTensors:
+        """Return a weight under another name, converted to a dtype."""
+        rows = partial(self.rows, name, dtype)
+        return StreamedTensors({target: (self.shape(name), dtype)}, lambda: ({target: part} for part in rows()))
+
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return a whole weight as a copy, for small weights."""
         chunks = [chunk.clone() for chunk in self.rows(name, dtype)]
@@ -337,6 +342,29 @@ def _chunks(whole: Tensor, chunk_bytes: int) -> Iterator[tuple[int, int]]:
     step = max(_ROWS, chunk_bytes // max(1, row) // _ROWS * _ROWS)
     for start in range(0, whole.shape[0], step):
         yield start, min(start + step, whole.shape[0])
+
+
+@dataclass(frozen=True)
+class StreamedTensors:
+    """Tensors of a safetensors file that are made of one weight.
+
+    specs:  shape and dtype of each tensor, by name.
+    chunks: returns an iterator over the next rows of the tensors, by name.
+    """
+
+    specs: TensorSpecs
+    chunks: Callable[[], Iterable[Mapping[str, Tensor]]]
+
+
+def write_tensors(folder: Path, streams: Iterable[StreamedTensors]) -> None:
+    """Write model.safetensors, or shards with an index, holding one chunk of rows in memory."""
+    streams = list(streams)
+    declared = {name: spec for stream in streams for name, spec in stream.specs.items()}
+    with SafetensorsWriter(folder, declared) as writer:
+        for stream in streams:
+            for chunk in stream.chunks():
+                for name, rows in chunk.items():
+                    writer.append(name, rows)
 
 
 @dataclass

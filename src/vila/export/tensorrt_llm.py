@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from vila import __version__
 from vila.core.files import write_json
 from vila.core.reading import read_json
 from vila.export.base import ExportOptions, Readme, choose_group_size, group_size_problems, int4_problems
-from vila.export.source import LLM, ExportSource, SafetensorsWriter
+from vila.export.source import LLM, ExportSource, StreamedTensors, write_tensors
 from vila.kernels.packings import pack_modelopt
 from vila.model.layouts import llava_v1, tower_files, vila_v15
 from vila.model.layouts.tokenizer_files import write_tokenizer
-from vila.model.save_weights import TensorSpecs
 
 GROUPS = (64, 128)
 """Group sizes of its INT4 kernels."""
@@ -128,31 +128,29 @@ def quantization_config(group_size: int, ignore: Sequence[str]) -> dict[str, Any
     }
 
 
-def declare_linear(
-    stem: str, shape: tuple[int, ...], group_size: int, dtype: torch.dtype, with_scale: bool
-) -> TensorSpecs:
-    """Return shapes and dtypes of the tensors of a Linear.
+def _int4_linear(source: ExportSource, name: str, stem: str, group_size: int) -> StreamedTensors:
+    """Return the tensors of a Linear, quantized.
 
-    weight uint8 [N/2, K], weight_scale [N, K/G] and, if `with_scale`, pre_quant_scale [K] of the activation.
+    weight uint8 [N/2, K], weight_scale [N, K/G] and, for Linears that do not share their input, pre_quant_scale [K] of
+    the activation, which is 1: AWQ scales are folded already.
     """
-    outputs, inputs = shape
-    out = {
+    outputs, inputs = source.shape(name)
+    dtype = source.half_dtype
+    specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         f"{stem}.weight": ((outputs // 2, inputs), torch.uint8),
         f"{stem}.weight_scale": ((outputs, inputs // group_size), dtype),
     }
-    return out | {f"{stem}.pre_quant_scale": ((inputs,), dtype)} if with_scale else out
+    activation = f"{stem}.pre_quant_scale"
+    if with_activation := stem.endswith(_UNFUSED):
+        specs[activation] = ((inputs,), dtype)
 
+    def chunks() -> Iterator[dict[str, Tensor]]:
+        for weight in source.int4_rows(name, group_size, symmetric=True, scale_dtype=dtype):
+            yield {f"{stem}.{leaf}": rows for leaf, rows in pack_modelopt(weight).items()}
+        if with_activation:
+            yield {activation: torch.ones(inputs, dtype=dtype)}
 
-def write_linear(
-    writer: SafetensorsWriter, stem: str, source: ExportSource, name: str, group_size: int, with_scale: bool
-) -> None:
-    """Quantize and write the weight `name`. Its AWQ scale is folded already, so the activation scale is 1."""
-    for weight in source.int4_rows(name, group_size, symmetric=True, scale_dtype=source.half_dtype):
-        packed = pack_modelopt(weight)
-        writer.append(f"{stem}.weight", packed["weight"])
-        writer.append(f"{stem}.weight_scale", packed["weight_scale"])
-    if with_scale:
-        writer.append(f"{stem}.pre_quant_scale", torch.ones(source.shape(name)[1], dtype=source.half_dtype))
+    return StreamedTensors(specs, chunks)
 
 
 _UNFUSED = ("o_proj", "down_proj")
@@ -192,36 +190,19 @@ def _write_llm(source: ExportSource, folder: Path, group_size: int | None) -> No
     write_json(folder / "config.json", facts, indent=2)
     GenerationConfig.from_dict(dict(source.checkpoint.generation)).save_pretrained(folder)
     write_tokenizer(source.processor.tokenizer, folder, source.processor.template)
-    _write_llm_weights(source, folder, group_size)
+    write_tensors(folder, _llm_tensors(source, group_size))
 
 
-def _write_llm_weights(source: ExportSource, folder: Path, group_size: int | None) -> None:
+def _llm_tensors(source: ExportSource, group_size: int | None) -> Iterator[StreamedTensors]:
     linears = set() if group_size is None else {f"{name}.weight" for name in source.block_linears()}
-    names = [name for name in source.names if name.startswith(LLM) and not _is_tied_head(source, name)]
-    declared: dict[str, Any] = {}
-    for name in names:
+    for name in source.names:
+        if not name.startswith(LLM) or (source.is_tied and name == f"{LLM}lm_head.weight"):
+            continue
         target = name.removeprefix(LLM)
-        if name in linears and group_size is not None:
-            stem = target.removesuffix(".weight")
-            declared |= declare_linear(stem, source.shape(name), group_size, source.half_dtype, _needs_scale(stem))
+        if group_size is not None and name in linears:
+            yield _int4_linear(source, name, target.removesuffix(".weight"), group_size)
         else:
-            declared[target] = (source.shape(name), source.half_dtype)
-    with SafetensorsWriter(folder, declared) as writer:
-        for name in names:
-            target = name.removeprefix(LLM)
-            if name in linears and group_size is not None:
-                stem = target.removesuffix(".weight")
-                write_linear(writer, stem, source, name, group_size, _needs_scale(stem))
-            else:
-                _copy(writer, source, {name: target})
-
-
-def _needs_scale(stem: str) -> bool:
-    return stem.endswith(_UNFUSED)
-
-
-def _is_tied_head(source: ExportSource, name: str) -> bool:
-    return source.is_tied and name == f"{LLM}lm_head.weight"
+            yield source.copied(name, target, source.half_dtype)
 
 
 def _write_tower(source: ExportSource, folder: Path) -> None:
@@ -232,9 +213,7 @@ def _write_tower(source: ExportSource, folder: Path) -> None:
     write_json(folder / "config.json", {**facts, "torch_dtype": _name(source.half_dtype)}, indent=2)
     preprocessor = tower_files.preprocessor_config(config.model_type, source.processor.spec)
     write_json(folder / "preprocessor_config.json", preprocessor, indent=2)
-    names = dict(_renamed(source, "vision_tower.", "vision_model."))
-    with SafetensorsWriter(folder, _plain(source, names)) as writer:
-        _copy(writer, source, names)
+    write_tensors(folder, _renamed(source, "vision_tower.", "vision_model."))
 
 
 def _write_projector(source: ExportSource, folder: Path) -> None:
@@ -246,25 +225,13 @@ def _write_projector(source: ExportSource, folder: Path) -> None:
         "producer": f"vila {__version__}",
     }
     write_json(folder / "config.json", facts, indent=2)
-    names = dict(_renamed(source, "projector.", "layers."))
-    with SafetensorsWriter(folder, _plain(source, names)) as writer:
-        _copy(writer, source, names)
+    write_tensors(folder, _renamed(source, "projector.", "layers."))
 
 
-def _renamed(source: ExportSource, prefix: str, target_prefix: str) -> Iterator[tuple[str, str]]:
+def _renamed(source: ExportSource, prefix: str, target_prefix: str) -> Iterator[StreamedTensors]:
     for name in source.tensors:
         if name.startswith(prefix):
-            yield name, target_prefix + name.removeprefix(prefix)
-
-
-def _plain(source: ExportSource, names: dict[str, str]) -> TensorSpecs:
-    return {target: (source.shape(name), source.half_dtype) for name, target in names.items()}
-
-
-def _copy(writer: SafetensorsWriter, source: ExportSource, names: dict[str, str]) -> None:
-    for name, target in names.items():
-        for rows in source.rows(name, source.half_dtype):
-            writer.append(target, rows)
+            yield source.copied(name, target_prefix + name.removeprefix(prefix), source.half_dtype)
 
 
 def _name(dtype: torch.dtype) -> str:

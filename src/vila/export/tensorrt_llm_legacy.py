@@ -15,7 +15,7 @@ from vila import __version__
 from vila.core.files import write_json
 from vila.export.base import ExportOptions, Readme, choose_group_size, group_size_problems, int4_problems
 from vila.export.source import LLM, ExportSource, SafetensorsWriter
-from vila.families import FAMILIES
+from vila.families import FAMILIES, head_width, rope_parameters
 from vila.kernels.packings import pack_modelopt
 
 GROUPS = (64, 128)
@@ -92,7 +92,7 @@ def _family_reasons(source: ExportSource) -> list[str]:
     if llm.model_type not in supported:
         names = ", ".join(supported)
         out.append(f"LLM type {llm.model_type!r} is not supported; supported: {names} (or --format tensorrt-llm)")
-    rope = getattr(llm, "rope_parameters", None) or {}
+    rope = rope_parameters(llm)
     if rope.get("rope_type", "default") not in ("default", "linear"):
         out.append(
             f"rope_type {rope['rope_type']!r} is not supported; supported: default, linear (or --format tensorrt-llm)"
@@ -109,7 +109,7 @@ TARGET = TensorRtLlmLegacyTarget()
 def checkpoint_config(source: ExportSource, group_size: int | None, ranks: int) -> dict[str, Any]:
     """Return config.json of a `trtllm-build` checkpoint. group_size: of INT4 weights, None for float16."""
     llm = source.config.text_config
-    rope = getattr(llm, "rope_parameters", None) or {}
+    rope = rope_parameters(llm)
     scaled = rope.get("rope_type", "default") == "linear"
     return {
         "producer": {"name": "vila", "version": __version__},
@@ -120,7 +120,7 @@ def checkpoint_config(source: ExportSource, group_size: int | None, ranks: int) 
         "num_attention_heads": llm.num_attention_heads,
         "num_key_value_heads": llm.num_key_value_heads,
         "hidden_size": llm.hidden_size,
-        "head_size": head_size(source),
+        "head_size": head_width(llm),
         "intermediate_size": llm.intermediate_size,
         "norm_epsilon": llm.rms_norm_eps,
         "vocab_size": llm.vocab_size,
@@ -136,12 +136,6 @@ def checkpoint_config(source: ExportSource, group_size: int | None, ranks: int) 
         "mapping": {"world_size": ranks, "tp_size": ranks, "pp_size": 1},
         "quantization": _quantization(group_size),
     }
-
-
-def head_size(source: ExportSource) -> int:
-    """Return the width of an attention head."""
-    llm = source.config.text_config
-    return int(getattr(llm, "head_dim", None) or llm.hidden_size // llm.num_attention_heads)
 
 
 def _quantization(group_size: int | None) -> dict[str, Any]:

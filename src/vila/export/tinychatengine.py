@@ -6,22 +6,20 @@ import math
 import struct
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vila.export.base import ExportOptions, Readme, full_precision_problems
 from vila.export.gguf_llm import BYTE, CONTROL, UNKNOWN, build_vocabulary
-from vila.export.source import CHUNK_BYTES, LLM
+from vila.export.source import CHUNK_BYTES, LLM, ExportSource
+from vila.families import head_width, rope_parameters
 from vila.kernels.int4 import SYMMETRIC_ZERO, Int4Weight, check_group_size, pack_nibbles
 from vila.kernels.packings import Packed, pack_tinychatengine_blocks, pack_tinychatengine_cuda
-
-if TYPE_CHECKING:
-    from vila.export.source import ExportSource
-    from vila.model.config import VilaConfig
-
+from vila.model.config import VilaConfig
 
 NAME = "VILA_7B"
 """Name of the only supported model: TinyChatEngine has its sizes compiled in."""
@@ -40,8 +38,6 @@ _TOWER = {
     "patch_size": 14,
 }
 _BLOCKS, _EPSILON = 23, 1e-5
-
-
 _PRECISIONS = {
     "qm_x86": "INT4 with group size 32, packed for x86",
     "qm_arm": "INT4 with group size 32, packed for Arm",
@@ -101,7 +97,7 @@ def llm_problems(config: Any) -> list[str]:
     if config.model_type != "llama":
         return [f"LLM type {config.model_type!r} is not supported; supported: llama, with the sizes of VILA-7B"]
     reasons = _different_sizes("LLM", config, _LLM)
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope_parameters(config)
     if rope.get("rope_type", "default") != "default":
         reasons.append(f"rope_type {rope['rope_type']!r} is not supported; supported: 'default'")
     if config.rms_norm_eps != _EPSILON:
@@ -176,9 +172,8 @@ def write_llm(source: ExportSource, folder: Path, precision: str) -> None:
     decoder = folder / "decoder"
     _write_floats(source, f"{LLM}model.embed_tokens.weight", decoder / "embed_tokens" / "weight.bin")
     _write_floats(source, f"{LLM}model.norm.weight", decoder / "norm" / "weight.bin")
-    width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
-    tables = rotary_tables(config.max_position_embeddings, width, theta)
+    width = head_width(config)
+    tables = rotary_tables(config.max_position_embeddings, width, rope_parameters(config).get("rope_theta", 10000.0))
     for index in range(config.num_hidden_layers):
         layer = decoder / f"layer{index}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -228,9 +223,8 @@ def write_vocabulary(source: ExportSource, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as stream:
         stream.write(bytes(4 * _HEADER_NUMBERS))
-        for token, type_, score in list(zip(vocabulary.tokens, vocabulary.types, vocabulary.scores, strict=True))[
-            :_WORDS
-        ]:
+        words = zip(vocabulary.tokens, vocabulary.types, vocabulary.scores, strict=True)
+        for token, type_, score in islice(words, _WORDS):
             word = _printed(token, type_)
             stream.write(struct.pack("<I", len(word)) + word + struct.pack("<f", score))
 

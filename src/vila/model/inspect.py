@@ -6,6 +6,8 @@ from collections import Counter
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from vila.families import head_width, num_kv_heads
+
 if TYPE_CHECKING:
     from vila.model.layouts.base import Checkpoint
     from vila.model.weights import TensorRef
@@ -65,9 +67,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def kv_elements_per_token(llm: Any) -> int:
     """Return the elements of the KV cache per token: a key and a value for each layer and key-value head."""
-    heads = int(getattr(llm, "num_key_value_heads", None) or llm.num_attention_heads)
-    width = int(getattr(llm, "head_dim", None) or llm.hidden_size // llm.num_attention_heads)
-    return 2 * int(llm.num_hidden_layers) * heads * width
+    return 2 * int(llm.num_hidden_layers) * num_kv_heads(llm) * head_width(llm)
 
 
 def tower_shape(tower: Any) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def llm_shape(llm: Any) -> dict[str, Any]:
         "layers": llm.num_hidden_layers,
         "width": llm.hidden_size,
         "heads": llm.num_attention_heads,
-        "kv_heads": getattr(llm, "num_key_value_heads", None) or llm.num_attention_heads,
+        "kv_heads": num_kv_heads(llm),
         "mlp_width": llm.intermediate_size,
         "vocabulary": llm.vocab_size,
     }

@@ -65,7 +65,7 @@ def check_features(config: PretrainedConfig, select_layer: int, select_feature: 
     """Raise LayoutError for a layer or feature selection that `select_features` does not support."""
     check_tower(config, select_feature)
     depth = int(config.num_hidden_layers)
-    if not 1 <= _block_index(select_layer, depth) <= depth:
+    if not 1 <= block_index(select_layer, depth) <= depth:
         raise LayoutError(
             f"outside the {depth} blocks of the vision tower",
             field="select_layer",
@@ -101,7 +101,8 @@ def has_cls_token(config: PretrainedConfig) -> bool:
     return config.model_type not in _WITHOUT_CLS
 
 
-def _block_index(select_layer: int, depth: int) -> int:
+def block_index(select_layer: int, depth: int) -> int:
+    """Return the hidden state `select_layer` of a tower of `depth` blocks, counted from the start."""
     return select_layer if select_layer >= 0 else depth + 1 + select_layer
 
 
@@ -125,7 +126,7 @@ def select_features(
     _check_size(config, pixels_N3HW)
     depth = int(config.num_hidden_layers)
     check_features(config, select_layer, select_feature)
-    index = _block_index(select_layer, depth)
+    index = block_index(select_layer, depth)
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
         raise _StopForward(output[0] if isinstance(output, tuple) else output)
