@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AddedToken, GenerationConfig
+from transformers import GenerationConfig
 
 from vila.core.errors import LayoutError
 from vila.core.files import write_json
 from vila.export.source import LLM, ExportSource, StreamedTensors
 from vila.model.layouts import llava_hf as files
 from vila.model.layouts.base import to_layout_name
-from vila.model.layouts.llava_hf import check_writable
 
 _HEAD = f"{LLM}lm_head.weight"
 _SUMMED = 512
@@ -50,7 +49,7 @@ class LlavaTensor:
 def llava_problems(source: ExportSource) -> list[str]:
     """Return why transformers' LLaVA does not support the model."""
     try:
-        check_writable(source.config, source.processor)
+        files.LAYOUT.check_writable(source.config, source.processor)
     except LayoutError as error:
         return [str(error)]
     return []
@@ -58,7 +57,7 @@ def llava_problems(source: ExportSource) -> list[str]:
 
 def llava_tensors(source: ExportSource) -> dict[str, LlavaTensor]:
     """Return every tensor of the directory by its name there, in the order of the source."""
-    rows, linear = _rows(source, _tokenizer(source)[1]), source.config.projector_type == "linear"
+    rows, linear = _rows(source, files.with_image_token(source.processor)[1]), source.config.projector_type == "linear"
     prefixes = files.name_prefixes(source.config)
     out = {}
     for name in source.names:
@@ -77,19 +76,12 @@ def write_llava_files(source: ExportSource, part: Path, dtype: torch.dtype, extr
     """Write config.json with the keys of `extra`, processor, tokenizer with `<image>`, and generation config."""
     config = copy.deepcopy(source.config)
     config.dtype = dtype
-    tokenizer, image_id = _tokenizer(source)
+    tokenizer, image_id = files.with_image_token(source.processor)
     facts = files.llava_config(config, source.processor, image_id, _rows(source, image_id))
     write_json(part / "config.json", {**facts, **extra}, indent=2)
     files.write_processor(source.processor, tokenizer, config, part)
     generation = SimpleNamespace(generation_config=GenerationConfig.from_dict(dict(source.checkpoint.generation)))
     files.write_generation(generation, source.processor, image_id, part)
-
-
-def _tokenizer(source: ExportSource) -> tuple[Any, int]:
-    tokenizer = copy.deepcopy(source.processor.tokenizer)
-    token = AddedToken(files.IMAGE, special=True, normalized=False)
-    tokenizer.add_tokens([token], special_tokens=True)
-    return tokenizer, int(tokenizer.convert_tokens_to_ids(files.IMAGE))
 
 
 def _rows(source: ExportSource, image_id: int) -> int:

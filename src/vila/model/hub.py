@@ -99,8 +99,8 @@ def needed_files(names: Sequence[str]) -> list[str]:
     """Select the files of a repository that loading reads: configs, tokenizer, and weights in one format."""
     wanted = []
     for folder in _FOLDERS:
-        inside = [name for name in names if _parent(name) == folder]
-        basenames = {name: PurePosixPath(name).name for name in inside}
+        paths = {name: PurePosixPath(name) for name in names}
+        basenames = {name: path.name for name, path in paths.items() if path.parent == PurePosixPath(folder)}
         formats = (_SAFETENSORS, _BIN, _TINYCHAT)
         weights = next((one for one in formats if any(map(one.fullmatch, basenames.values()))), _SAFETENSORS)
         for name, base in basenames.items():
@@ -108,8 +108,3 @@ def needed_files(names: Sequence[str]) -> list[str]:
             if weights.fullmatch(base) or base in _OTHER_WEIGHTS or (not index and _TEXT_FILES.fullmatch(base)):
                 wanted.append(name)
     return wanted
-
-
-def _parent(name: str) -> str:
-    folder = str(PurePosixPath(name).parent)
-    return "" if folder == "." else folder

@@ -10,7 +10,6 @@ from vila.families import head_width, num_kv_heads
 
 if TYPE_CHECKING:
     from vila.model.layouts.base import Checkpoint
-    from vila.model.weights import TensorRef
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 """Dtypes for which memory is estimated, with bytes per element."""
@@ -32,7 +31,10 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     spec = VisionSpec.from_dict(config.vision_spec)
     weights = [_weight_summary(prefix, checkpoint) for prefix in _MODULES]
     int4 = _int4_summary(checkpoint)
-    shapes = [tower_shape(config.vision_config), _projector_shape(config), llm_shape(config.text_config)]
+    projector = {
+        "type": config.projector_type, "width_in": config.vision_width, "width_out": config.text_config.hidden_size
+    }  # fmt: skip
+    shapes = [tower_shape(config.vision_config), projector, llm_shape(config.text_config)]
     parameters = sum(part["parameters"] for part in weights)
     packed, unpacked = (int4["memory"], parameters - int4["parameters"]) if int4 else (0, parameters)
     per_token = kv_elements_per_token(config.text_config)
@@ -95,19 +97,17 @@ def llm_shape(llm: Any) -> dict[str, Any]:
     }
 
 
-def _projector_shape(config: Any) -> dict[str, Any]:
-    return {"type": config.projector_type, "width_in": config.vision_width, "width_out": config.text_config.hidden_size}
-
-
 def _weight_summary(prefix: str, checkpoint: Checkpoint) -> dict[str, Any]:
     """Return parameters, bytes and dtypes of the weights below `prefix`; a tied LM head is counted once."""
     skipped = {_TIED} if checkpoint.config.text_config.tie_word_embeddings else set()
     refs = [ref for name, ref in checkpoint.tensors.items() if name.startswith(f"{prefix}.") and name not in skipped]
     packed = [weight for name, weight in checkpoint.int4.items() if name.startswith(f"{prefix}.")]
     kinds = {_name(ref.dtype) for ref in refs} | ({_INT4} if packed else set())
+    # Unlike `TensorRef.bytes`, which counts a fused query, key and value three times.
+    plain_bytes = sum(prod(ref.shape) * ref.dtype.itemsize for ref in refs)
     return {
         "parameters": sum(prod(ref.shape) for ref in refs) + sum(prod(weight.shape) for weight in packed),
-        "bytes": sum(map(_bytes, refs)) + sum(weight.bytes for weight in packed),
+        "bytes": plain_bytes + sum(weight.bytes for weight in packed),
         "dtype": ", ".join(sorted(kinds)),
     }
 
@@ -128,11 +128,6 @@ def _int4_summary(checkpoint: Checkpoint) -> dict[str, Any] | None:
         # Half a byte per code; two bytes per scale and one per zero of each group.
         "memory": parameters // 2 + 3 * groups,
     }
-
-
-def _bytes(ref: TensorRef) -> int:
-    # Unlike `TensorRef.bytes`, which counts a fused query, key and value three times.
-    return prod(ref.shape) * ref.dtype.itemsize
 
 
 def _main_dtype(checkpoint: Checkpoint) -> str:

@@ -21,7 +21,7 @@ from vila.model.weights import ReadTensor, Shape, TensorRef, WeightFile
 _MAX_LISTED = 5
 
 
-def use_int4(model: nn.Module, weights: Mapping[str, Int4Weight]) -> None:
+def use_int4(model: Any, weights: Mapping[str, Int4Weight]) -> None:
     """Replace Linears of the decoder blocks by 4-bit layers, in place.
 
     weights: by name of the Linear; moved to its device. Tensors that are there already are shared, not copied. If the
@@ -29,8 +29,9 @@ def use_int4(model: nn.Module, weights: Mapping[str, Int4Weight]) -> None:
     Biases are kept. The layers use the torch backend until `use_backend` selects another.
     Raises LayoutError, before any change, listing names that are not Linears of a block, or shapes that differ.
     """
-    blocks = _block_prefix(model)
     modules = dict(model.named_modules())
+    layers = model.get_decoder().layers
+    blocks = next(f"{name}." for name, module in modules.items() if module is layers)
     problems = [why for name, weight in weights.items() if (why := _misfit(name, weight, modules.get(name), blocks))]
     if problems:
         more = f" (and {len(problems) - _MAX_LISTED} more)" if len(problems) > _MAX_LISTED else ""
@@ -64,12 +65,12 @@ def group_size_of(model: nn.Module) -> int | None:
     return sizes.pop() if sizes else None
 
 
-def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+def dequantize_model(model: Any, dtype: torch.dtype | None = None) -> None:
     """Replace every 4-bit layer by a Linear with the dequantized weight, in place; the inverse of `use_int4`.
 
     dtype: of the new weights; None is the dtype of the embeddings.
     """
-    dtype = dtype or _embeddings(model).dtype
+    dtype = dtype or model.get_input_embeddings().weight.dtype
     for name, layer in list(int4_layers(model)):
         model.set_submodule(name, layer.to_linear(dtype).train(layer.training))
 
@@ -84,17 +85,6 @@ def _misfit(name: str, weight: Int4Weight, module: nn.Module | None, blocks: str
         return f"{name} is {'missing' if module is None else f'a {type(module).__name__}'}, not a Linear"
     found, wanted = [weight.num_outputs, weight.num_inputs], [module.out_features, module.in_features]
     return "" if found == wanted else f"{name} is {wanted}, its 4-bit weight {found}"
-
-
-def _block_prefix(model: Any) -> str:
-    """Return the name prefix of the decoder blocks, such as `language_model.model.layers.`."""
-    layers = model.get_decoder().layers
-    return next(f"{name}." for name, module in model.named_modules() if module is layers)
-
-
-def _embeddings(model: Any) -> torch.Tensor:
-    weight: torch.Tensor = model.get_input_embeddings().weight
-    return weight
 
 
 # O outputs  I inputs
@@ -179,12 +169,12 @@ def collect_packed_weights(
     packed = {}
     for name, parts in groups.items():
         check_complete(name, parts)
-        shape = _shape(parts[_CODES], packing)
+        shape = unpacked_shape(parts[_CODES], packing)
         problem = _packed_misfit(parts, packing, group_size, shape)
         if problem:
             ref, reason = problem
             raise LayoutError(
-                f"{reason}, but {source}", file=ref.file.path, field=ref.name, value=_form(ref), hint=_hint(parts)
+                f"{reason}, but {source}", file=ref.file.path, field=ref.name, value=ref.describe(), hint=_hint(parts)
             )
         packed[name] = PackedWeight(parts, packing, group_size, shape)
     return plain, packed
@@ -223,7 +213,7 @@ def matching_packings(parts: Mapping[str, TensorRef]) -> Iterator[tuple[str, int
     """Yield packings and group sizes that match the shapes and dtypes of a weight's tensors, the most common first."""
     for packing in _PACKINGS:
         for size in _GROUP_SIZES:
-            if not _packed_misfit(parts, packing, size, _shape(parts[_CODES], packing)):
+            if not _packed_misfit(parts, packing, size, unpacked_shape(parts[_CODES], packing)):
                 yield packing, size
 
 
@@ -255,8 +245,8 @@ def packed_tensor_specs(packing: str, shape: Shape, group_size: int) -> dict[str
     }
 
 
-def _shape(codes: TensorRef, packing: str) -> Shape:
-    """Return [O, I] of packed codes."""
+def unpacked_shape(codes: TensorRef, packing: str) -> Shape:
+    """Return [O, I] of packed codes; zeros if they do not have two dimensions."""
     if len(codes.shape) != 2:
         return (0, 0)
     first, second = codes.shape
@@ -279,10 +269,6 @@ def _packed_misfit(
             expected = f"{str(dtype or 'floating').removeprefix('torch.')} {list(size)}"
             return ref, f"{packing} with group size {group_size} needs {expected}"
     return None
-
-
-def _form(ref: TensorRef) -> str:
-    return f"{str(ref.dtype).removeprefix('torch.')} {list(ref.shape)}"
 
 
 def _hint(parts: Mapping[str, TensorRef]) -> str:

@@ -330,7 +330,7 @@ def open_components(
     )
     refs, unexpected = map_names(list_tensors(find_weight_files(llm_folder)), (("", "language_model."),))
     weights, others = tower_tensors(tower_folder, tower)
-    refs.update({f"vision_tower.{name}": ref for name, ref in weights.items()})
+    refs.update(weights)
     sources = Sources(fields, fields, tower.source)
     checkpoint = Checkpoint(llm_folder, config, processor, refs, sources, [*unexpected, *others])
     check_checkpoint_sizes(checkpoint)

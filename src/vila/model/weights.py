@@ -166,6 +166,10 @@ class TensorRef:
         combined = transform if first is None else lambda tensor: transform(first(tensor))
         return replace(self, transform=combined, shape=self.shape if shape is None else shape)
 
+    def describe(self) -> str:
+        """Return dtype and shape for error messages."""
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
     @property
     def bytes(self) -> int:
         """Size of the tensor in the file."""

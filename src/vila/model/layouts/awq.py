@@ -20,11 +20,16 @@ from vila.core.reading import Fields
 from vila.kernels.int4 import Int4Weight
 from vila.kernels.packings import check_divides, pack_gemm
 from vila.model.int4_weights import collect_packed_weights, group_size_of, int4_layers, packed_tensor_specs
-from vila.model.layouts.base import DECODER_BLOCKS, Checkpoint, WeightStorage, checkpoint_with_int4
+from vila.model.layouts import llava_hf, native
+from vila.model.layouts.base import (
+    DECODER_BLOCKS,
+    Checkpoint,
+    FullPrecisionLayout,
+    WeightStorage,
+    checkpoint_with_int4,
+)
 from vila.model.layouts.config_file import read_config
 from vila.model.layouts.detect import detect_full_precision
-from vila.model.layouts.llava_hf import check_writable, write_llava
-from vila.model.layouts.native import write_native
 from vila.model.save_weights import LazyTensor
 
 _KEY = "quantization_config"
@@ -48,11 +53,6 @@ class AwqSettings:
         return f"{self.source} declares {self.packing} with group size {self.group_size}"
 
 
-def is_quantized(folder: Path) -> bool:
-    """Return whether the config of a directory, or of its `llm/`, declares any quantization."""
-    return _find(folder) is not None
-
-
 def read_awq_settings(folder: Path) -> AwqSettings:
     """Read the quantization settings.
 
@@ -64,7 +64,7 @@ def read_awq_settings(folder: Path) -> AwqSettings:
     if fields.get("quant_method", "awq") != "awq":
         raise fields.refusal("quant_method", expected="awq", hint=_REMEDY)
     bits, size, version = (_first(fields, keys) for keys in (_BITS, _GROUP, _VERSION))
-    if _is_other(fields.get(bits), 4):
+    if fields.get(bits) != 4:
         raise fields.refusal(bits, expected="4", hint=_REMEDY)
     if fields.get("zero_point", True) is not True:
         hint = f"only weights with zeros are supported: correct it if there are .qzeros, else {_REMEDY}"
@@ -91,6 +91,7 @@ def awq_config(group_size: int, skipped: Sequence[str]) -> dict[str, Any]:
 
 
 def _find(folder: Path) -> Fields | None:
+    """Return the quantization settings in the config of a directory or of its `llm/`, None if there are none."""
     for directory in (folder, folder / "llm"):
         config = read_config(directory)
         for part in (config, config.section("text_config")):
@@ -100,10 +101,6 @@ def _find(folder: Path) -> Fields | None:
             if (directory / name).is_file():
                 return Fields.of_file(directory / name, LayoutError)
     return None
-
-
-def _is_other(value: object, number: int) -> bool:
-    return isinstance(value, bool) or value != number
 
 
 def _first(fields: Fields, keys: Sequence[str]) -> str:
@@ -124,7 +121,7 @@ class AwqHfLayout:
 
     def matches(self, folder: Path) -> bool:
         """Return whether the directory declares quantization and matches a full-precision layout."""
-        return folder.is_dir() and is_quantized(folder) and detect_full_precision(folder) is not None
+        return folder.is_dir() and _find(folder) is not None and detect_full_precision(folder) is not None
 
     def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
         """Read the configs. Raises LayoutError if the declaration and the tensors disagree."""
@@ -150,13 +147,10 @@ class AwqHfLayout:
         Raises LayoutError as `check`.
         """
         self.check(model, processor)
-        size = require_int4(model, self.name)
-        try:
-            check_writable(model.config, processor)
-        except LayoutError:
-            write_native(model, processor, folder, _storage(model, size, _SKIPPED_NATIVE))
-        else:
-            write_llava(model, processor, folder, _storage(model, size, _SKIPPED))
+        is_llava = llava_hf.LAYOUT.supports(model.config, processor)
+        layout: FullPrecisionLayout = llava_hf.LAYOUT if is_llava else native.LAYOUT
+        skipped = _SKIPPED if is_llava else _SKIPPED_NATIVE
+        layout.write(model, processor, folder, _storage(model, require_int4(model, self.name), skipped))
 
 
 def require_int4(model: Any, layout: str) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from vila.core.errors import LayoutError
+from vila.core.files import atomic_path
 from vila.core.reading import Fields
 from vila.kernels.int4 import Int4Weight
 from vila.model.config import VilaConfig
@@ -86,11 +87,6 @@ Prefixes = Sequence[tuple[str, str]]
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "embeddings.position_ids")
 
 
-def to_native_name(name: str, prefixes: Prefixes) -> str | None:
-    """Return our name of a layout's weight, None if no prefix matches."""
-    return next((ours + name[len(prefix) :] for prefix, ours in prefixes if name.startswith(prefix)), None)
-
-
 def to_layout_name(name: str, prefixes: Prefixes) -> str:
     """Return a layout's name of our weight. Raises LayoutError if the layout has none."""
     for prefix, ours in sorted(prefixes, key=lambda pair: -len(pair[1])):
@@ -100,26 +96,25 @@ def to_layout_name(name: str, prefixes: Prefixes) -> str:
 
 
 def map_names(
-    refs: Mapping[str, TensorRef], prefixes: Prefixes, ignore: Iterable[str] = ()
+    refs: Mapping[str, TensorRef], prefixes: Prefixes, ignore: Sequence[str] = ()
 ) -> tuple[dict[str, TensorRef], list[str]]:
     """Return tensors by our names, and the names that no prefix matches. `ignore`: prefixes of tensors to skip.
 
     Raises LayoutError if two tensors map to one name.
     """
-    ours: dict[str, TensorRef] = {}
+    mapped: dict[str, TensorRef] = {}
     unmatched = []
-    skipped = tuple(ignore)
     for name, ref in refs.items():
-        if name.endswith(_IGNORED_SUFFIXES) or (skipped and name.startswith(skipped)):
+        if name.endswith(_IGNORED_SUFFIXES) or name.startswith(tuple(ignore)):
             continue
-        target = to_native_name(name, prefixes)
+        target = next((ours + name[len(prefix) :] for prefix, ours in prefixes if name.startswith(prefix)), None)
         if target is None:
             unmatched.append(name)
-        elif target in ours:
-            raise LayoutError(f"the same weight as {ours[target].name}", file=ref.file.path, field=name)
+        elif target in mapped:
+            raise LayoutError(f"the same weight as {mapped[target].name}", file=ref.file.path, field=name)
         else:
-            ours[target] = ref
-    return ours, unmatched
+            mapped[target] = ref
+    return mapped, unmatched
 
 
 def keep_rows(ref: TensorRef, rows: int) -> TensorRef:
@@ -202,6 +197,39 @@ class WeightStorage:
 
 FULL_PRECISION = WeightStorage()
 """Every weight in its own dtype."""
+
+
+class FullPrecisionLayout:
+    """Skeleton of a layout with full-precision weights, whose files a 4-bit layout may write with its own storage."""
+
+    def check_writable(self, config: Any, processor: VilaProcessor) -> None:
+        """Raise LayoutError for a config that programs which read the layout do not support."""
+
+    def write_files(self, model: Any, processor: VilaProcessor, part: Path, storage: WeightStorage) -> None:
+        """Write all files into the empty directory `part`."""
+        raise NotImplementedError
+
+    def supports(self, config: Any, processor: VilaProcessor) -> bool:
+        """Return whether `check_writable` accepts a config."""
+        try:
+            self.check_writable(config, processor)
+        except LayoutError:
+            return False
+        return True
+
+    def check(self, model: Any, processor: VilaProcessor) -> None:
+        """Raise LayoutError as `check_writable`, and for a 4-bit model."""
+        self.check_writable(model.config, processor)
+        FULL_PRECISION.check(model)
+
+    def write(
+        self, model: Any, processor: VilaProcessor, folder: Path, storage: WeightStorage = FULL_PRECISION
+    ) -> None:
+        """Write a directory atomically, replacing an existing one. Raises LayoutError as `check_writable`."""
+        self.check_writable(model.config, processor)
+        with atomic_path(folder) as part:
+            part.mkdir()
+            self.write_files(model, processor, part, storage)
 
 
 DECODER_BLOCKS = "language_model.model.layers."

@@ -44,55 +44,25 @@ _EPSILONS = ("rms_norm_eps", "layer_norm_eps")
 _INITIALISERS = ("initializer_range", "initializer_factor", "layerscale_value", "layer_scale_init_value")
 _FRACTIONS = ("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
 _FLAGS = (
-    "attention_bias",
-    "mlp_bias",
-    "qkv_bias",
-    "tie_word_embeddings",
-    "use_cache",
-    "use_sliding_window",
-    "use_swiglu_ffn",
-    "use_mask_token",
-    "use_qk_norm",
-    "use_mean_pooling",
-    "use_absolute_position_embeddings",
-)
+    "attention_bias", "mlp_bias", "qkv_bias", "tie_word_embeddings", "use_cache", "use_sliding_window",
+    "use_swiglu_ffn", "use_mask_token", "use_qk_norm", "use_mean_pooling", "use_absolute_position_embeddings",
+)  # fmt: skip
 _TOKEN_IDS = ("bos_token_id", "pad_token_id")
 
 # Keys of every config class that are neither sizes nor arithmetic: they could change outputs, import code, or hang.
-_LEFT_OUT = frozenset(
-    (
-        "architectures",
-        "auto_map",
-        "attn_implementation",
-        "experts_implementation",
-        "chunk_size_feed_forward",
-        "id2label",
-        "is_encoder_decoder",
-        "label2id",
-        "num_labels",
-        "output_attentions",
-        "output_hidden_states",
-        "per_layer_config",
-        "problem_type",
-        "return_dict",
-        "transformers_version",
-        "out_features",
-        "out_indices",
-        "_out_features",
-        "_out_indices",
-    )
-)
+_LEFT_OUT = frozenset((
+    "architectures", "auto_map", "attn_implementation", "experts_implementation", "chunk_size_feed_forward", "id2label",
+    "is_encoder_decoder", "label2id", "num_labels", "output_attentions", "output_hidden_states", "per_layer_config",
+    "problem_type", "return_dict", "transformers_version", "out_features", "out_indices", "_out_features",
+    "_out_indices",
+))  # fmt: skip
 # Keys that config classes read without declaring them.
 _ROPE_KEYS = ("rope_scaling", "rope_parameters")
 _UNDECLARED = frozenset(("torch_dtype", "tie_word_embeddings", "rope_scaling", "rope_theta", "partial_rotary_factor"))
 _TEXT_ATTRIBUTES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings",
-)
+)  # fmt: skip
 
 # Rotary position types with their required numbers: key, minimum and maximum.
 _FACTOR = ("factor", 1.0, _MAX_ROPE_FACTOR)
@@ -352,16 +322,9 @@ def _size_error(fields: Fields, key: str, asked: Any, expected: str) -> LayoutEr
 
 
 _IN_CONFIGS = (
-    "num_hidden_layers",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "mlp_ratio",
-    "image_size",
-    "patch_size",
-)
+    "num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "mlp_ratio", "image_size", "patch_size",
+)  # fmt: skip
 
 Sizes = Iterator[tuple[str, int, int, object]]
 """Config key, its value, the value found in the weights, and where it was found."""

@@ -20,12 +20,12 @@ from transformers import AddedToken, AutoConfig
 
 from vila.chat.templates import find_template
 from vila.core.errors import LayoutError
-from vila.core.files import atomic_path, write_json
+from vila.core.files import write_json
 from vila.core.reading import Fields
 from vila.core.vision_spec import IMAGE_MODES, MAX_SIDE, MAX_VIDEO_FRAMES, ImageMode
 from vila.model.layouts.base import (
-    FULL_PRECISION,
     Checkpoint,
+    FullPrecisionLayout,
     Prefixes,
     Sources,
     WeightStorage,
@@ -119,7 +119,8 @@ def write_generation(model: Any, processor: Any, image_id: int, part: Path) -> N
     """Write the model's generation_config.json, with the template's stop tokens as additional end-of-sequence ids."""
     config = copy.deepcopy(model.generation_config)
     special = processor.span_tokenizer.special_ids
-    ends = {special[stop] for stop in _stops(processor) if stop in special}
+    stops = find_template(processor.template).stop if processor.template else ()
+    ends = {special[stop] for stop in stops if stop in special}
     ends |= {processor.tokenizer.eos_token_id} - {None}
     settings: Mapping[str, Any] = config.to_diff_dict()
     write_json(
@@ -127,10 +128,6 @@ def write_generation(model: Any, processor: Any, image_id: int, part: Path) -> N
         {**settings, "eos_token_id": sorted(ends), "suppress_tokens": [image_id]},
         indent=2,
     )
-
-
-def _stops(processor: Any) -> tuple[str, ...]:
-    return find_template(processor.template).stop if processor.template else ()
 
 
 # Module names since transformers 4.52.
@@ -151,7 +148,7 @@ _FIELDS = {
 }
 
 
-class LlavaHfLayout:
+class LlavaHfLayout(FullPrecisionLayout):
     """config.json with `model_type: llava` and a `text_config`."""
 
     name = "llava-hf"
@@ -210,14 +207,42 @@ class LlavaHfLayout:
         sources = Sources(fields, text, vision, _FIELDS)
         return Checkpoint(folder, config, processor, refs, sources, unexpected, generation)
 
-    def check(self, model: Any, processor: Any) -> None:
-        """Raise LayoutError as `check_writable`, and for a 4-bit model."""
-        check_writable(model.config, processor)
-        FULL_PRECISION.check(model)
+    def check_writable(self, config: Any, processor: Any) -> None:
+        """Raise LayoutError for a config that transformers' LLaVA does not support."""
+        kind = config.vision_config.model_type
+        if config.s2_scales or config.projector_type not in ("linear", "mlp2x_gelu"):
+            field = "s2_scales" if config.s2_scales else "projector_type"
+            value = getattr(config, field)
+            raise LayoutError("not supported by llava-hf", field=field, value=value, hint="use vila-v15 or native")
+        if kind not in _TOWERS:
+            problem, field = "vision tower not supported by llava-hf", "vision_config.model_type"
+            raise LayoutError(problem, field=field, value=kind, expected=", ".join(_TOWERS))
+        if config.select_layer == -1 and kind != "clip_vision_model":
+            problem = f"not supported by llava-hf for {kind}: stock transformers may normalise the last hidden state"
+            raise LayoutError(problem, field="select_layer", value=-1)
+        if processor.spec.image_mode == "resize" and kind == "clip_vision_model":
+            problem = "not supported by llava-hf for CLIP, whose processor crops or pads"
+            raise LayoutError(problem, field="image_mode", value="resize")
 
-    def write(self, model: Any, processor: Any, folder: Path) -> None:
+    def write_files(self, model: Any, processor: Any, part: Path, storage: WeightStorage) -> None:
         """Write model, processor, tokenizer with `<image>`, chat template and generation config."""
-        write_llava(model, processor, folder, FULL_PRECISION)
+        config = storage.config(model)
+        tokenizer, image_id = with_image_token(processor)
+        rows = max(config.text_config.vocab_size, image_id + 1)
+        config_json = llava_config(config, processor, image_id, rows)
+        if storage.quantization_config:
+            config_json["quantization_config"] = dict(storage.quantization_config)
+        storage.save(storage.cast(_weights(storage.state_dict(model), config, rows)), part)
+        write_json(part / "config.json", config_json, indent=2)
+        write_processor(processor, tokenizer, config, part)
+        write_generation(model, processor, image_id, part)
+
+
+def with_image_token(processor: Any) -> tuple[Any, int]:
+    """Return a copy of the tokenizer with `<image>` as a special token, and the id of that token."""
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+    return tokenizer, int(tokenizer.convert_tokens_to_ids(IMAGE))
 
 
 def _image_side(images: Fields) -> int | None:
@@ -231,26 +256,6 @@ def _image_side(images: Fields) -> int | None:
         elif images.get(key) is not None:
             return images.integer(key, minimum=1, maximum=MAX_SIDE)
     return None
-
-
-def write_llava(model: Any, processor: Any, folder: Path, storage: WeightStorage) -> None:
-    """Write all files for stock code with the given weight storage. Raises LayoutError as `check_writable`."""
-    check_writable(model.config, processor)
-    config = storage.config(model)
-    tokenizer = copy.deepcopy(processor.tokenizer)
-    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
-    rows = max(config.text_config.vocab_size, image_id + 1)
-    weights = storage.cast(_weights(storage.state_dict(model), config, rows))
-    config_json = llava_config(config, processor, image_id, rows)
-    if storage.quantization_config:
-        config_json["quantization_config"] = dict(storage.quantization_config)
-    with atomic_path(folder) as part:
-        part.mkdir()
-        storage.save(weights, part)
-        write_json(part / "config.json", config_json, indent=2)
-        write_processor(processor, tokenizer, config, part)
-        write_generation(model, processor, image_id, part)
 
 
 def _select_layer(fields: Fields, defaults: Any) -> int:
@@ -294,26 +299,6 @@ def _remove_image_token(tokenizer: Any) -> None:
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] != IMAGE]
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(spec))
-
-
-def check_writable(config: Any, processor: Any) -> None:
-    """Raise LayoutError for a config that transformers' LLaVA does not support."""
-    kind = config.vision_config.model_type
-    if config.s2_scales or config.projector_type not in ("linear", "mlp2x_gelu"):
-        field = "s2_scales" if config.s2_scales else "projector_type"
-        value = getattr(config, field)
-        raise LayoutError("not supported by llava-hf", field=field, value=value, hint="use vila-v15 or native")
-    if kind not in _TOWERS:
-        expected = ", ".join(_TOWERS)
-        raise LayoutError(
-            "vision tower not supported by llava-hf", field="vision_config.model_type", value=kind, expected=expected
-        )
-    if config.select_layer == -1 and kind != "clip_vision_model":
-        problem = f"not supported by llava-hf for {kind}: stock transformers may normalise the last hidden state"
-        raise LayoutError(problem, field="select_layer", value=-1)
-    if processor.spec.image_mode == "resize" and kind == "clip_vision_model":
-        problem = "not supported by llava-hf for CLIP, whose processor crops or pads"
-        raise LayoutError(problem, field="image_mode", value="resize")
 
 
 def _weights(state: dict[str, Any], config: Any, rows: int) -> dict[str, Any]:

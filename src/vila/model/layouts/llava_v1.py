@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import LayoutError, WeightMismatchError
-from vila.core.files import atomic_path, write_json
+from vila.core.files import write_json
 from vila.core.reading import Fields
 from vila.families import FAMILIES, FAMILY_BY_LLAVA_TYPE, find_family
 from vila.model.hub import find_folder
 from vila.model.layouts.base import (
-    FULL_PRECISION,
     Checkpoint,
+    FullPrecisionLayout,
     Prefixes,
     Sources,
     WeightStorage,
@@ -56,7 +56,7 @@ FIELDS = {
 """Keys of the published config by our names."""
 
 
-class LlavaV1Layout:
+class LlavaV1Layout(FullPrecisionLayout):
     """config.json with `mm_*` keys, weights named as in LLaVA-1.5, tokenizer files."""
 
     name = "llava-v1"
@@ -83,12 +83,8 @@ class LlavaV1Layout:
                 tower=tower,
                 tokenizer=tokenizer,
                 projector=fields.text("mm_projector_type", "linear"),
-                select_layer=fields.integer("mm_vision_select_layer", -2, minimum=-MAX_LAYERS, maximum=MAX_LAYERS),
-                select_feature=fields.text("mm_vision_select_feature", "patch"),
-                image_mode=read_image_mode(fields),
-                template=fields.text("conversation_template", "") or known_template(folder),
                 vision_source=source if known_tower(source) else "",
-                exif_orientation=fields.flag("exif_orientation", True),
+                **read_settings(folder, fields),
             )
         sources = Sources(fields, own, tower.source, FIELDS)
         return Checkpoint(
@@ -107,48 +103,34 @@ class LlavaV1Layout:
             found, unexpected = tower_tensors(tower_folder, tower)
             if unexpected:
                 raise WeightMismatchError(tower_folder, unexpected=unexpected)
-            ours.update({f"vision_tower.{name}": ref for name, ref in found.items()})
+            ours.update(found)
         return tower
 
-    def check(self, model: Any, processor: Any) -> None:
-        """Raise LayoutError as `check_writable`, and for a 4-bit model."""
-        check_writable(model.config)
-        FULL_PRECISION.check(model)
+    def check_writable(self, config: Any, processor: Any) -> None:
+        """Raise LayoutError for a config that LLaVA-1.5's code does not support."""
+        if config.projector_type == "mlp_downsample" or config.s2_scales:
+            field, value = ("s2_scales", config.s2_scales) if config.s2_scales else ("projector_type", "mlp_downsample")
+            raise LayoutError("not supported by llava-v1", field=field, value=value, hint="use vila-v15 or native")
+        if config.vision_config.model_type != "clip_vision_model":
+            raise LayoutError(
+                "vision tower not supported by llava-v1",
+                field="vision_config.model_type",
+                value=config.vision_config.model_type,
+                expected="clip_vision_model",
+            )
+        family = FAMILIES.get(config.text_config.model_type)
+        if family is None or not family.llava_class:
+            raise LayoutError(
+                "LLM not supported by llava-v1", field="text_config.model_type", value=config.text_config.model_type
+            )
 
-    def write(self, model: Any, processor: Any, folder: Path) -> None:
+    def write_files(self, model: Any, processor: Any, part: Path, storage: WeightStorage) -> None:
         """Write in this layout. A published tower is named in the config; another one gets its own directory."""
-        write_llava_v1(model, processor, folder, FULL_PRECISION)
-
-
-def check_writable(config: Any) -> None:
-    """Raise LayoutError for a config that LLaVA-1.5's code does not support."""
-    if config.projector_type == "mlp_downsample" or config.s2_scales:
-        field, value = ("s2_scales", config.s2_scales) if config.s2_scales else ("projector_type", "mlp_downsample")
-        raise LayoutError("not supported by llava-v1", field=field, value=value, hint="use vila-v15 or native")
-    if config.vision_config.model_type != "clip_vision_model":
-        raise LayoutError(
-            "vision tower not supported by llava-v1",
-            field="vision_config.model_type",
-            value=config.vision_config.model_type,
-            expected="clip_vision_model",
-        )
-    family = FAMILIES.get(config.text_config.model_type)
-    if family is None or not family.llava_class:
-        raise LayoutError(
-            "LLM not supported by llava-v1", field="text_config.model_type", value=config.text_config.model_type
-        )
-
-
-def write_llava_v1(model: Any, processor: Any, folder: Path, storage: WeightStorage) -> None:
-    """Write the directory with the given weight storage. Raises LayoutError as `check_writable`."""
-    check_writable(model.config)
-    config = storage.config(model)
-    state = storage.state_dict(model)
-    # LLaVA-1.5's code does not tie the LM head.
-    state["language_model.lm_head.weight"] = model.get_output_embeddings().weight.detach()
-    state = storage.cast(state)
-    with atomic_path(folder) as part:
-        part.mkdir()
+        config = storage.config(model)
+        state = storage.state_dict(model)
+        # LLaVA-1.5's code does not tie the LM head.
+        state["language_model.lm_head.weight"] = model.get_output_embeddings().weight.detach()
+        state = storage.cast(state)
         source = config.vision_source
         if not source:
             source = _TOWER
@@ -161,6 +143,17 @@ def write_llava_v1(model: Any, processor: Any, folder: Path, storage: WeightStor
         write_tokenizer(processor.tokenizer, part, processor.template)
 
 
+def read_settings(folder: Path, fields: Fields) -> dict[str, Any]:
+    """Read the settings that LLaVA-1.5 and VILA-1.5 have in common, as arguments of `build_config`."""
+    return {
+        "select_layer": fields.integer("mm_vision_select_layer", -2, minimum=-MAX_LAYERS, maximum=MAX_LAYERS),
+        "select_feature": fields.text("mm_vision_select_feature", "patch"),
+        "image_mode": read_image_mode(fields),
+        "template": fields.text("conversation_template", "") or known_template(folder),
+        "exif_orientation": fields.flag("exif_orientation", True),
+    }
+
+
 def _llm_and_projector(folder: Path, base: Path | None, fields: Fields, llm: Any) -> tuple[dict[str, TensorRef], Path]:
     """Return the weights by published names, and the directory of the tokenizer.
 
@@ -168,7 +161,8 @@ def _llm_and_projector(folder: Path, base: Path | None, fields: Fields, llm: Any
     """
     adapter = (folder / "adapter_config.json").is_file()
     projector = folder / "mm_projector.bin"
-    if not (adapter or (projector.is_file() and not _has_weights(folder))):
+    has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    if not (adapter or (projector.is_file() and not has_weights)):
         return list_tensors(find_weight_files(folder)), folder
     if base is None:
         named = fields.text("_name_or_path", "")
@@ -182,7 +176,8 @@ def _llm_and_projector(folder: Path, base: Path | None, fields: Fields, llm: Any
     if adapter:
         refs, tied = read_adapter(folder, refs, _TIED if llm.tie_word_embeddings else None)
         llm.tie_word_embeddings = tied
-    return refs, folder if _has_tokenizer(folder) else base
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+    return refs, folder if has_tokenizer else base
 
 
 def _stripped(refs: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
@@ -195,14 +190,6 @@ def _stripped(refs: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
     if any(name.startswith("model.model.") for name in names.values()):
         names = {name: short.removeprefix("model.") for name, short in names.items()}
     return {names[name]: ref for name, ref in refs.items()}
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
 def _find_tower(folder: Path, fields: Fields) -> Path:

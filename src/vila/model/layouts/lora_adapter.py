@@ -120,11 +120,8 @@ def _read_parts(path: Path) -> tuple[dict[str, dict[str, TensorRef]], dict[str, 
         raise LayoutError("contains no weights", file=path)
     for name, ref in sorted(adapter.items()):
         if 0 in ref.shape or not ref.dtype.is_floating_point:
-            value = f"{str(ref.dtype).removeprefix('torch.')} {list(ref.shape)}"
-            hint = _EMPTY if 0 in ref.shape else None
-            raise LayoutError(
-                "", file=path, field=name, value=value, expected="non-empty floating-point weights", hint=hint
-            )
+            expected, hint = "non-empty floating-point weights", _EMPTY if 0 in ref.shape else None
+            raise LayoutError("", file=path, field=name, value=ref.describe(), expected=expected, hint=hint)
         plain = _ADAPTER_NAME.sub(r"\1", name.removeprefix(_PREFIX)).replace(".modules_to_save.", ".")
         module, part = next(
             ((plain[: -len(ending) - 1], part) for ending, part in _PARTS.items() if plain.endswith(f".{ending}")),

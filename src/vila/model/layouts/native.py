@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from vila.core.errors import LayoutError
-from vila.core.files import atomic_path
 from vila.core.reading import Fields
 from vila.core.vision_spec import MAX_SIDE, VisionSpec
 from vila.model.config import VilaConfig
-from vila.model.layouts.base import FULL_PRECISION, Checkpoint, Sources, WeightStorage
+from vila.model.layouts.base import Checkpoint, FullPrecisionLayout, Sources, WeightStorage
 from vila.model.layouts.build_config import check_vision_spec
 from vila.model.layouts.config_file import MAX_LAYERS, read_config, read_generation_config, text_config, tower_config
 from vila.model.layouts.tokenizer_files import check_placeholder, read_tokenizer, write_tokenizer
-from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
 from vila.model.vision_tower import SELECT_FEATURES
 from vila.model.weights import find_weight_files, list_tensors
 
 
-class NativeLayout:
+class NativeLayout(FullPrecisionLayout):
     """config.json, model*.safetensors with our weight names, processor_config.json and tokenizer files."""
 
     name = "native"
@@ -35,27 +34,13 @@ class NativeLayout:
         refs = list_tensors(find_weight_files(folder))
         return Checkpoint(folder, config, processor, refs, sources, generation=read_generation_config(folder))
 
-    def check(self, model: VilaForConditionalGeneration, processor: VilaProcessor) -> None:
-        """Raise LayoutError for a 4-bit model."""
-        FULL_PRECISION.check(model)
-
-    def write(self, model: VilaForConditionalGeneration, processor: VilaProcessor, folder: Path) -> None:
-        """Write model and processor, replacing an existing directory. Raises LayoutError for a 4-bit model."""
-        write_native(model, processor, folder, FULL_PRECISION)
-
-
-def write_native(
-    model: VilaForConditionalGeneration, processor: VilaProcessor, folder: Path, storage: WeightStorage
-) -> None:
-    """Write model and processor with the given weight storage."""
-    weights = storage.cast(storage.state_dict(model))
-    config = storage.config(model)
-    config.architectures = [type(model).__name__]
-    if storage.quantization_config:
-        config.quantization_config = dict(storage.quantization_config)
-    with atomic_path(folder) as part:
-        part.mkdir()
-        storage.save(weights, part)
+    def write_files(self, model: Any, processor: VilaProcessor, part: Path, storage: WeightStorage) -> None:
+        """Write model, processor and tokenizer."""
+        config = storage.config(model)
+        config.architectures = [type(model).__name__]
+        if storage.quantization_config:
+            config.quantization_config = dict(storage.quantization_config)
+        storage.save(storage.cast(storage.state_dict(model)), part)
         config.save_pretrained(part)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(part)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vila.core.errors import LayoutError
 from vila.model.layouts import llava_hf, llava_v1
 
 README = "README.md"
@@ -61,19 +60,11 @@ def layout_readme(layout: str, model: Any, processor: Any, version: str) -> str:
 
 def _guide(layout: str, model: Any, processor: Any) -> _Guide | None:
     if layout == "tinychat":
-        try:
-            llava_v1.check_writable(model.config)
-        except LayoutError:
-            return _tinychat(
-                "vila15_demo.py", "VILA-1.5 directories, the LLM in `llm/` in TinyChat's INT4 packing (v2)."
-            )
-        return _tinychat("vila10_demo.py", "A VILA-1.0 model in TinyChat's INT4 packing (v2), in one file.")
+        if llava_v1.LAYOUT.supports(model.config, processor):
+            return _tinychat("vila10_demo.py", "A VILA-1.0 model in TinyChat's INT4 packing (v2), in one file.")
+        return _tinychat("vila15_demo.py", "VILA-1.5 directories, the LLM in `llm/` in TinyChat's INT4 packing (v2).")
     if layout == "awq-hf":
-        try:
-            llava_hf.check_writable(model.config, processor)
-        except LayoutError:
-            return _OWN_NAMES
-        return _AWQ
+        return _AWQ if llava_hf.LAYOUT.supports(model.config, processor) else _OWN_NAMES
     return _HUB if layout == "llava-hf" else None
 
 

@@ -25,10 +25,11 @@ from vila.model.int4_weights import (
     matching_packings,
     packed_tensor_specs,
     split_packed_tensors,
+    unpacked_shape,
 )
 from vila.model.layouts import llava_v1, vila_v15
 from vila.model.layouts.awq import require_int4
-from vila.model.layouts.base import Checkpoint, WeightStorage, checkpoint_with_int4, map_names
+from vila.model.layouts.base import Checkpoint, FullPrecisionLayout, WeightStorage, checkpoint_with_int4, map_names
 from vila.model.layouts.detect import TORCH_SUFFIX, detect_full_precision
 from vila.model.save_weights import LazyTensor, Writable, write_torch_file
 from vila.model.weights import INDEX_FILES, SINGLE_FILES, TensorRef, list_tensors, open_weight_file, torch_weight_files
@@ -75,10 +76,8 @@ class TinychatLayout:
         for name, layer in int4_layers(model):
             check_divides(f"outputs of {name} in TinyChat's words", layer.out_features, 8)
             check_divides(f"inputs of {name} in TinyChat's words", layer.in_features, 64)
-        try:
-            llava_v1.check_writable(model.config)
-        except LayoutError:
-            vila_v15.check_writable(model.config)
+        if not llava_v1.LAYOUT.supports(model.config, processor):
+            vila_v15.LAYOUT.check_writable(model.config, processor)
 
     def write(self, model: Any, processor: Any, folder: Path) -> None:
         """Write config, tokenizer, tower and projector as llava-v1 or vila-v15, and the LLM in one `.pt` file.
@@ -90,12 +89,9 @@ class TinychatLayout:
         # TinyChat requires the suffix.
         file = f"{folder.name}-w4-g{size}-awq-v2{TORCH_SUFFIX}"
         storage = WeightStorage(_pack, save=lambda tensors, out: write_torch_file(_with_head(tensors), out / file))
-        try:
-            llava_v1.check_writable(model.config)
-        except LayoutError:
-            vila_v15.write_folders(model, processor, folder, storage)
-        else:
-            llava_v1.write_llava_v1(model, processor, folder, storage)
+        is_v1 = llava_v1.LAYOUT.supports(model.config, processor)
+        layout: FullPrecisionLayout = llava_v1.LAYOUT if is_v1 else vila_v15.LAYOUT
+        layout.write(model, processor, folder, storage)
 
 
 def _with_head(tensors: Mapping[str, Writable]) -> Mapping[str, Writable]:
@@ -135,17 +131,14 @@ def _packed(name: str, parts: Mapping[str, TensorRef]) -> PackedWeight:
     """Return the weight with the packing and group size that its tensors match, as such files do not declare them."""
     check_complete(name, parts)
     for packing, size in matching_packings(parts):
-        codes = parts["qweight"]
-        if packing == "tinychat":
-            return PackedWeight(parts, packing, size, (codes.shape[0] * 4, codes.shape[1]))
-        if packing == "gemv":
-            return PackedWeight(parts, packing, size, (codes.shape[0], codes.shape[1] * 8))
-    found = ", ".join(f"{ending} {ref.dtype} {list(ref.shape)}" for ending, ref in parts.items())
+        if packing != "gemm":
+            return PackedWeight(parts, packing, size, unpacked_shape(parts["qweight"], packing))
+    found = ", ".join(f"{ending} {ref.describe()}" for ending, ref in parts.items())
     raise LayoutError(
         "",
         file=parts["qweight"].file.path,
         field=name,
-        value=found.replace("torch.", ""),
+        value=found,
         expected="one of TinyChat's packings, with group size 32, 64 or 128",
         hint="create the file again with TinyChat's tools, or quantize the 16-bit model with vila quantize",
     )

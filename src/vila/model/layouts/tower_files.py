@@ -166,17 +166,9 @@ def _from_intern_vit(fields: Fields) -> PretrainedConfig:
     if fields.number("layer_norm_eps", 1e-6, maximum=1.0) != 1e-6:
         # The query and key norms in transformers have no other value.
         raise fields.refusal("layer_norm_eps", expected="1e-6")
-    copied = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "image_size",
-        "patch_size",
-    )
     ours = {
         **_INTERN_VIT_6B,
-        **{key: fields[key] for key in (*copied, "hidden_act") if fields.get(key) is not None},
+        **{key: fields[key] for key in _INTERN_VIT_6B if fields.get(key) is not None},
         "norm_type": "rms_norm",
         "use_qk_norm": fields.flag("qk_normalization", True),
         "attention_bias": fields.flag("qkv_bias", False),
@@ -188,11 +180,13 @@ def _from_intern_vit(fields: Fields) -> PretrainedConfig:
 
 
 def tower_tensors(folder: Path, tower: TowerSpec) -> tuple[dict[str, TensorRef], list[str]]:
-    """Return the tower's weights by our names without `vision_tower.`, and the unexpected names."""
+    """Return the tower's weights by our names, and the unexpected names."""
     refs = list_tensors(find_weight_files(folder))
     if tower.config.model_type == "internvl_vision":
-        return from_intern_vit_tensors(refs)
-    return map_names(refs, tower.prefixes, ignore=NON_VISION_PREFIXES)
+        ours, unexpected = from_intern_vit_tensors(refs)
+    else:
+        ours, unexpected = map_names(refs, tower.prefixes, ignore=NON_VISION_PREFIXES)
+    return {f"vision_tower.{name}": ref for name, ref in ours.items()}, unexpected
 
 
 def to_intern_vit_config(config: Any) -> dict[str, Any]:

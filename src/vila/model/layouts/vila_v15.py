@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import LayoutError
-from vila.core.files import atomic_path, write_json
+from vila.core.files import write_json
 from vila.core.reading import Fields
 from vila.core.vision_spec import MAX_SIDE, MAX_VIDEO_FRAMES
 from vila.model.hub import find_folder
-from vila.model.layouts.base import FULL_PRECISION, Checkpoint, Sources, WeightStorage, map_names
+from vila.model.layouts.base import Checkpoint, FullPrecisionLayout, Sources, WeightStorage, map_names
 from vila.model.layouts.build_config import build_config
-from vila.model.layouts.config_file import MAX_LAYERS, read_config, read_generation_config, text_config
-from vila.model.layouts.known_checkpoints import known_template
-from vila.model.layouts.llava_v1 import FIELDS, legacy_rope_settings, vila_settings
+from vila.model.layouts.config_file import read_config, read_generation_config, text_config
+from vila.model.layouts.llava_v1 import FIELDS, legacy_rope_settings, read_settings, vila_settings
 from vila.model.layouts.tokenizer_files import read_tokenizer, write_tokenizer
-from vila.model.layouts.tower_files import read_image_mode, read_tower, tower_tensors, write_tower
+from vila.model.layouts.tower_files import read_tower, tower_tensors, write_tower
 from vila.model.projector import check_projector
 from vila.model.save_weights import write_weights
 from vila.model.weights import find_weight_files, list_tensors
@@ -27,7 +26,7 @@ _TOWERS = ("clip_vision_model", "siglip_vision_model", "internvl_vision")
 _SCALES = re.compile(r"[1-9]\d{0,4}(, *[1-9]\d{0,4})*")
 
 
-class VilaV15Layout:
+class VilaV15Layout(FullPrecisionLayout):
     """Three directories; the config's `*_cfg` keys locate them."""
 
     name = "vila-v15"
@@ -42,13 +41,14 @@ class VilaV15Layout:
         llm_folder, tower_folder, projector_folder = (
             _part(folder, fields, part, key) for part, key in PART_FOLDERS.items()
         )
-        _check_resolution(fields)
+        if fields.integer("vision_resolution", -1, minimum=-1) != -1:
+            raise fields.refusal("vision_resolution", "interpolated position embeddings are not supported")
         llm_fields = read_config(llm_folder)
         llm = text_config(llm_fields, llm_fields.text("model_type", "llama"))
         tower = read_tower(tower_folder)
         refs, unexpected = map_names(list_tensors(find_weight_files(llm_folder)), (("", "language_model."),))
         found, unexpected_tower = tower_tensors(tower_folder, tower)
-        refs.update({f"vision_tower.{name}": ref for name, ref in found.items()})
+        refs.update(found)
         projector_fields = read_config(projector_folder)
         projector = projector_fields.text("mm_projector_type", "linear")
         with projector_fields.naming(FIELDS):
@@ -66,56 +66,28 @@ class VilaV15Layout:
                 tower=tower,
                 tokenizer=read_tokenizer(llm_folder),
                 projector=projector,
-                select_layer=fields.integer("mm_vision_select_layer", -2, minimum=-MAX_LAYERS, maximum=MAX_LAYERS),
-                select_feature=fields.text("mm_vision_select_feature", "patch"),
-                image_mode=read_image_mode(fields),
-                template=fields.text("conversation_template", "") or known_template(folder),
                 s2_scales=scales,
                 s2_max_split=max_split,
                 num_video_frames=fields.integer("num_video_frames", 8, minimum=1, maximum=MAX_VIDEO_FRAMES),
-                exif_orientation=fields.flag("exif_orientation", True),
+                **read_settings(folder, fields),
             )
         sources = Sources(fields, llm_fields, tower.source, FIELDS)
-        return Checkpoint(
-            folder,
-            config,
-            processor,
-            refs,
-            sources,
-            [*unexpected, *unexpected_tower],
-            read_generation_config(llm_folder),
-        )
+        unexpected += unexpected_tower
+        return Checkpoint(folder, config, processor, refs, sources, unexpected, read_generation_config(llm_folder))
 
-    def check(self, model: Any, processor: Any) -> None:
-        """Raise LayoutError as `check_writable`, and for a 4-bit model."""
-        check_writable(model.config)
-        FULL_PRECISION.check(model)
+    def check_writable(self, config: Any, processor: Any) -> None:
+        """Raise LayoutError for a tower that VILA-1.5's code does not support."""
+        kind = config.vision_config.model_type
+        if kind not in _TOWERS:
+            problem, field = "vision tower not supported by vila-v15", "vision_config.model_type"
+            raise LayoutError(problem, field=field, value=kind, expected=", ".join(_TOWERS))
 
-    def write(self, model: Any, processor: Any, folder: Path) -> None:
-        """Write the three directories."""
-        write_folders(model, processor, folder, FULL_PRECISION)
-
-
-def check_writable(config: Any) -> None:
-    """Raise LayoutError for a tower that VILA-1.5's code does not support."""
-    kind = config.vision_config.model_type
-    if kind not in _TOWERS:
-        expected = ", ".join(_TOWERS)
-        raise LayoutError(
-            "vision tower not supported by vila-v15", field="vision_config.model_type", value=kind, expected=expected
-        )
-
-
-def write_folders(model: Any, processor: Any, folder: Path, storage: WeightStorage) -> None:
-    """Write the three directories, the LLM's weights with the given storage. Raises LayoutError as `check_writable`."""
-    check_writable(model.config)
-    config = storage.config(model)
-    weights = storage.cast(storage.state_dict(model.language_model))
-    with atomic_path(folder) as part:
-        part.mkdir()
+    def write_files(self, model: Any, processor: Any, part: Path, storage: WeightStorage) -> None:
+        """Write the three directories, the LLM's weights with the given storage."""
+        config = storage.config(model)
         write_tower(model, processor.spec, part / "vision_tower", storage)
         _write_llm(model, processor, part / "llm", config)
-        storage.save(weights, part / "llm")
+        storage.save(storage.cast(storage.state_dict(model.language_model)), part / "llm")
         _write_projector(model, part / "mm_projector", storage)
         configs = {key: dict(read_config(part / name)) for name, key in PART_FOLDERS.items()}
         write_json(part / "config.json", {**vila_v15_config(config, processor), **configs}, indent=2)
@@ -139,11 +111,6 @@ def _part(folder: Path, fields: Fields, part: str, key: str) -> Path:
     if isinstance(source, str):
         return find_folder(source, folder)
     raise LayoutError(f"no directory {part}/ with a config.json", file=folder, hint="download the checkpoint again")
-
-
-def _check_resolution(fields: Fields) -> None:
-    if fields.integer("vision_resolution", -1, minimum=-1) != -1:
-        raise fields.refusal("vision_resolution", "interpolated position embeddings are not supported")
 
 
 def _write_llm(model: Any, processor: Any, folder: Path, config: Any) -> None:
