@@ -9,7 +9,7 @@ import pytest
 from vila.chat.render import render
 from vila.chat.template import Span
 from vila.chat.templates import TEMPLATES, find_template
-from vila.chat.tokenize import IGNORE, tokenize, tokenize_prompt, tokenize_sample
+from vila.chat.tokenize import IGNORE, tokenize, tokenize_sample
 from vila.core.errors import DataError
 from vila.core.types import Image, Message, Sample, Text
 
@@ -20,6 +20,10 @@ ROLES = {"human": "user", "gpt": "assistant"}
 
 def one(media):
     return 1
+
+
+def tokenize_prompt(messages, template, tokenizer, count):
+    return tokenize(render(messages, template, prompt=True), tokenizer, count)
 
 
 def golden_cases():

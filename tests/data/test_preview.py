@@ -11,7 +11,7 @@ from vila.core.types import Image
 from vila.core.vision_spec import VisionSpec
 from vila.data.dataset import DatasetEntry
 from vila.data.formats.base import FORMATS
-from vila.data.preview import ImagePreview, LengthPreview, dataset_spec, first_images, preview_images, save_views
+from vila.data.preview import ImagePreview, LengthPreview, first_images, preview_images, save_views
 from vila.data.stats import dataset_stats, require_images
 from vila.media.image import open_image
 from vila.media.transform import square_bytes
@@ -103,7 +103,7 @@ def test_saved_views_are_the_bytes_that_the_tower_reads(tmp_path):
     assert np.array_equal(view, square_bytes(open_image(image), SPEC))
     path = write_lines(tmp_path / "d.jsonl", [{"messages": []}])
     reader = reader_of(DatasetEntry("messages", str(path), image_mode="resize"))
-    assert dataset_spec(SPEC, reader.mixture.datasets[0]).image_mode == "resize"
+    assert reader.mixture.datasets[0].vision_spec(SPEC).image_mode == "resize"
 
 
 def test_statistics_have_the_lengths_of_the_measured_samples(tmp_path):

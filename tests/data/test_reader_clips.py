@@ -13,11 +13,12 @@ from tests import tiny
 from tests.data.reading import SPEC, reader_of
 from tests.data.shards import write_lines, write_list, write_tar
 from tests.media.test_video import video_bytes
+from tests.packed import split_conversations
 from vila.chat.templates import TEMPLATES
 from vila.chat.tokenize import IGNORE
 from vila.core.errors import DataError, MediaError
 from vila.core.types import Message, Sample, Video
-from vila.data.collate import collate, split_conversations
+from vila.data.collate import collate
 from vila.data.dataset import DatasetEntry
 from vila.data.packing import PackingPolicy, PackingStreams
 from vila.model.processor import VilaProcessor

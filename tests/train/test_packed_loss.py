@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.packed import split_conversations
 from vila.chat.templates import find_template
 from vila.chat.tokenize import tokenize_sample
 from vila.core.types import Message, Sample
-from vila.data.collate import collate, split_conversations
+from vila.data.collate import collate
 from vila.train.loss import LossModule
 
 QA = find_template("starter_qa")

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from vila.chat.render import render, render_sample
+from vila.chat.render import render_sample
 from vila.chat.template import Span, Template
 from vila.core.errors import DataError, TemplateError
-from vila.core.types import Image, Message, Sample, Video
+from vila.core.types import Image, Sample, Video
 
 IGNORE = -100
 """Label of a token that is not supervised."""
@@ -270,17 +270,10 @@ def tokenize(spans: Sequence[Span], tokenizer: SpanTokenizer, count: CountTokens
     return out
 
 
-def tokenize_prompt(
-    messages: Sequence[Message], template: Template, tokenizer: SpanTokenizer, count: CountTokens
-) -> Tokens:
-    """Tokenize a prompt, which ends where the assistant's answer begins."""
-    return tokenize(render(messages, template, prompt=True), tokenizer, count)
-
-
 def tokenize_sample(
-    sample: Sample, template: Template, tokenizer: SpanTokenizer, count: CountTokens
+    sample: Sample, template: Template, tokenizer: SpanTokenizer, count: CountTokens, dataset: str = ""
 ) -> TokenizedSample:
-    """Tokenize a training sample.
+    """Tokenize a training sample. dataset: name of its data set.
 
     The conversations of its branches are tokenized separately and share their longest common token prefix.
     Raises DataError with the sample if it does not fit the template or has no supervised token.
@@ -293,27 +286,28 @@ def tokenize_sample(
                 record=f"sample {sample.id!r}",
                 field=f"branches[{index}]" if sample.branches else None,
             )
-    return _join(sample.id, conversations, tokenizer.image_token_id)
-
-
-def _join(sample_id: str, parts: list[Tokens], image_token_id: int) -> TokenizedSample:
-    shared = shared_prefix(parts) if len(parts) > 1 else 0
-    head = parts[0]
-    pieces = [(head.ids[:shared], head.labels[:shared], 0)] if shared else []
-    media = head.media[: head.media_before(shared)]
-    for part in parts:
-        pieces.append((part.ids[shared:], part.labels[shared:], shared))
-        media = [*media, *part.media[part.media_before(shared) :]]
-    lengths = [len(ids) for ids, _, _ in pieces]
-    ids = np.concatenate([np.asarray(piece, dtype=np.int32) for piece, _, _ in pieces])
-    is_supervised = np.concatenate([np.asarray(piece, dtype=np.int64) for _, piece, _ in pieces]) != IGNORE
+    shared = shared_prefix(conversations) if len(conversations) > 1 else 0
+    first = conversations[0]
+    ids, labels = first.ids[:shared], first.labels[:shared]
+    media = first.media[: first.media_before(shared)]
+    segments = [TokenSegment(shared, 0, -1)] if shared else []
+    for tokens in conversations:
+        segments.append(TokenSegment(len(tokens.ids) - shared, shared, 0 if shared else -1))
+        ids += tokens.ids[shared:]
+        labels += tokens.labels[shared:]
+        media += tokens.media[tokens.media_before(shared) :]
+    is_supervised = np.array(labels) != IGNORE
     # The first token of a segment has no predecessor in it that could predict it.
-    is_supervised[np.cumsum([0, *lengths[:-1]])] = False
-    segments = tuple(
-        TokenSegment(length, start, 0 if shared and number else -1)
-        for number, (length, (_, _, start)) in enumerate(zip(lengths, pieces, strict=True))
+    is_supervised[np.cumsum([0, *(segment.length for segment in segments[:-1])])] = False
+    return TokenizedSample(
+        sample.id,
+        np.array(ids, dtype=np.int32),
+        is_supervised,
+        tuple(segments),
+        tokenizer.image_token_id,
+        tuple(media),
+        dataset,
     )
-    return TokenizedSample(sample_id, ids, is_supervised, segments, image_token_id, tuple(media))
 
 
 def shared_prefix(conversations: Sequence[Tokens]) -> int:

@@ -8,18 +8,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vila.chat.render import render_sample
+from vila.chat.templates import find_template
+from vila.chat.tokenize import TokenizedSample
 from vila.core.errors import ConfigError, DataError, MediaError, VilaError
 from vila.core.progress import SILENT, Events, task
 from vila.core.types import Image, MediaRef, Sample, Video
-from vila.data.dataset import Subset, shorten_sample
-from vila.data.preview import ImagePreview, LengthPreview, dataset_spec, first_images, save_views
+from vila.data.dataset import SampleReader, Subset, shorten_sample
+from vila.data.mixture import Mixture, MixtureDataset
+from vila.data.preview import ImagePreview, LengthPreview, first_images, save_views
 from vila.data.stats import NameSet, histogram, min_median_max, require_images
+from vila.media.image import open_image
+from vila.media.video import open_frames
 
 if TYPE_CHECKING:
-    from vila.chat.tokenize import TokenizedSample
     from vila.config.schema import Recipe
-    from vila.data.dataset import SampleReader
-    from vila.data.mixture import Mixture, MixtureDataset
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class DataSets:
         spec = self._reader_or_raise().spec
         paths: list[Path] = []
         for part in self.mixture.datasets:
-            paths += save_views(first_images(part, count), dataset_spec(spec, part), folder, start=len(paths))
+            paths += save_views(first_images(part, count), part.vision_spec(spec), folder, start=len(paths))
         return paths
 
     def require_images(self) -> None:
@@ -89,10 +92,8 @@ class DataSets:
         Raises VilaError for a sample that does not fit its template or has no supervised text.
         """
         if self.reader:
-            from vila.chat.tokenize import IGNORE
-
             tokens = self.reader.tokenize(part, sample)
-            return len(tokens), int((tokens.labels != IGNORE).sum())
+            return len(tokens), int(tokens.is_supervised.sum())
         return _characters(sample, sample.template or part.template or self.template)
 
     @property
@@ -260,9 +261,6 @@ class _Check:
 
 def _opened_size(item: Image | Video) -> tuple[int, int]:
     """Decode an image, or the first frame of a video, and return its width and height."""
-    from vila.media.image import open_image
-    from vila.media.video import open_frames
-
     return open_image(item).size if isinstance(item, Image) else open_frames(item, 1)[0].size
 
 
@@ -275,9 +273,6 @@ def _media_key(item: Image | Video) -> str:
 
 
 def _characters(sample: Sample, template: str) -> tuple[int, int]:
-    from vila.chat.render import render_sample
-    from vila.chat.templates import find_template
-
     branches = render_sample(sample, find_template(template))
     if not all(any(span.train and span.text for span in branch) for branch in branches):
         raise DataError(f"no supervised text with template {template!r}", record=f"sample {sample.id!r}")

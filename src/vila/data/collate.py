@@ -68,7 +68,7 @@ def collate(sequences: Sequence[Sequence[TokenizedSample]], pad_id: int = 0, *, 
             here = number, slice(start, start + len(sample))
             parents = sample.parent_ids
             arrays["ids"][here] = sample.ids
-            arrays["labels"][here] = sample.labels
+            arrays["labels"][here] = np.where(sample.is_supervised, sample.ids, IGNORE)
             arrays["positions"][here] = sample.positions
             arrays["segments"][here] = sample.segment_ids + num_segments
             arrays["parents"][here] = np.where(parents >= 0, parents + num_segments, -1)
@@ -103,22 +103,3 @@ def _batch_pixels(sequences: Sequence[Sequence[TokenizedSample]]) -> Tensor | No
             np.stack(block, out=here)
         start += len(block)
     return torch.from_numpy(out)
-
-
-def split_conversations(sequence: Sequence[TokenizedSample]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return ids and indices in the sequence of every conversation, each branch with its prefix.
-
-    Reference for the test that a packed sequence equals its conversations one by one.
-    """
-    out = []
-    start = 0
-    for sample in sequence:
-        indices, segment_ids = np.arange(start, start + len(sample)), sample.segment_ids
-        # A segment that others attend to is their prefix, not a conversation of its own.
-        prefixes = {segment.parent for segment in sample.segments}
-        for number, segment in enumerate(sample.segments):
-            if number not in prefixes:
-                own = (segment_ids == number) | (segment_ids == segment.parent)
-                out.append((sample.ids[own], indices[own]))
-        start += len(sample)
-    return out

@@ -301,7 +301,7 @@ class SampleReader:
         template = find_template(sample.template or dataset.template or self.template)
         try:
             expanded = expand_sample_videos(sample, template.media_gap, self.frames)
-            return replace(tokenize_sample(expanded, template, self.tokenizer, self.count), dataset=dataset.name)
+            return tokenize_sample(expanded, template, self.tokenizer, self.count, dataset.name)
         except VilaError as error:
             _add_sample(error, dataset, sample)
             raise
@@ -321,10 +321,9 @@ class SampleReader:
         They are made square with the image mode of the data set. A video is decoded once.
         """
         dataset = self.mixture.datasets[self.mixture.locate(position)[0]]
-        spec = replace(self.spec, image_mode=dataset.image_mode) if dataset.image_mode else self.spec
         try:
-            images = [item for item in sample.media if isinstance(item, Image)]
-            return list(open_squares(images, spec))
+            images = (item for item in sample.media if isinstance(item, Image))
+            return list(open_squares(images, dataset.vision_spec(self.spec)))
         except VilaError as error:
             _add_sample(error, dataset, sample)
             raise

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
 from vila.core.errors import DataError
 from vila.core.types import Sample
-from vila.core.vision_spec import ImageMode
+from vila.core.vision_spec import ImageMode, VisionSpec
 from vila.data.bad_samples import RecordLocation
 
 _ROUNDS = 4
@@ -93,6 +93,10 @@ class MixtureDataset:
     weight: float | None = None
     template: str = ""
     image_mode: ImageMode | None = None
+
+    def vision_spec(self, spec: VisionSpec) -> VisionSpec:
+        """Return the spec of the stage with the image mode of the data set, if it has one."""
+        return replace(spec, image_mode=self.image_mode) if self.image_mode else spec
 
 
 class Mixture:

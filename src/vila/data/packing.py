@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 
@@ -128,13 +128,7 @@ class PackedSequence(Sequence[TokenizedSample]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    @overload
-    def __getitem__(self, index: int) -> TokenizedSample: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[TokenizedSample]: ...
-
-    def __getitem__(self, index: int | slice) -> TokenizedSample | Sequence[TokenizedSample]:
+    def __getitem__(self, index: Any) -> Any:
         return self.samples[index]
 
 
@@ -379,8 +373,43 @@ class PackingStream:
             )
 
 
-class PackingStreams:
-    """The packing streams of one rank, read in this process. A step takes one sequence from each."""
+class RankStreams:
+    """The packing streams of one rank. A step takes one sequence from each.
+
+    dropped, truncated: overlong samples that were left out, or cut, so far.
+    """
+
+    def __init__(self, numbers: range, log: BadSampleLog | None) -> None:
+        """numbers: of the streams of this rank."""
+        self.numbers, self._log = numbers, log
+        self.dropped = self.truncated = 0
+
+    def step(self) -> list[PackedSequence]:
+        """Return one sequence of each stream; an empty one of a stream whose data have ended.
+
+        Raises DataError for a sample that is too long or unreadable, as the policy and the log say.
+        """
+        sequences = self._next_sequences()
+        self.dropped += sum(sequence.dropped for sequence in sequences)
+        self.truncated += sum(sequence.truncated for sequence in sequences)
+        if self._log:
+            self._log.add([sample for sequence in sequences for sample in sequence.bad_samples])
+        return sequences
+
+    def _next_sequences(self) -> list[PackedSequence]:
+        raise NotImplementedError
+
+    @property
+    def states(self) -> list[PackingStreamState]:
+        """State of every stream of this rank after the last step, without what has been read ahead."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End the worker processes, if there are any. They hold no state; the next step starts new ones."""
+
+
+class PackingStreams(RankStreams):
+    """Packing streams that are read in this process."""
 
     def __init__(
         self,
@@ -395,27 +424,16 @@ class PackingStreams:
         **options: Any,
     ) -> None:
         """count: streams of all ranks. states: of all streams, by number. options: as for `PackingStream`."""
-        self.numbers = streams_of_rank(rank, world, count)
-        self._log = log
-        self.dropped = self.truncated = 0
+        super().__init__(streams_of_rank(rank, world, count), log)
         self._streams = [
             PackingStream(number, count, fetch, policy, state=states[number] if states else None, **options)
             for number in self.numbers
         ]
 
-    def step(self) -> list[PackedSequence]:
-        """Return one sequence of each stream; an empty one of a stream whose data have ended."""
-        sequences = [stream.next_sequence() for stream in self._streams]
-        self.dropped += sum(sequence.dropped for sequence in sequences)
-        self.truncated += sum(sequence.truncated for sequence in sequences)
-        if self._log:
-            self._log.add([sample for sequence in sequences for sample in sequence.bad_samples])
-        return sequences
+    def _next_sequences(self) -> list[PackedSequence]:
+        return [stream.next_sequence() for stream in self._streams]
 
     @property
     def states(self) -> list[PackingStreamState]:
         """State of every stream of this rank after the last step."""
         return [stream.state for stream in self._streams]
-
-    def close(self) -> None:
-        """Do nothing; `WorkerStreams` ends its processes here."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from math import ceil
 from pathlib import Path
 from typing import Any, Final
@@ -223,11 +223,6 @@ def first_images(dataset: MixtureDataset, count: int) -> list[Image]:
         except VilaError:
             continue
     return list(found)
-
-
-def dataset_spec(spec: VisionSpec, dataset: MixtureDataset) -> VisionSpec:
-    """Return the spec with the image mode of a data set, if it has one."""
-    return replace(spec, image_mode=dataset.image_mode) if dataset.image_mode else spec
 
 
 def _short(name: str) -> str:

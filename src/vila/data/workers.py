@@ -22,7 +22,7 @@ from ctypes import c_longlong
 from dataclasses import dataclass, replace
 from itertools import cycle
 from multiprocessing.connection import Connection
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +30,15 @@ from vila.core.errors import DataError, VilaError
 from vila.core.vision_spec import VisionSpec
 from vila.data.bad_samples import BadSampleLog
 from vila.data.dataset import SampleReader
-from vila.data.packing import PackedSequence, PackingPolicy, PackingStream, PackingStreamState, Pixels, streams_of_rank
+from vila.data.packing import (
+    PackedSequence,
+    PackingPolicy,
+    PackingStream,
+    PackingStreamState,
+    Pixels,
+    RankStreams,
+    streams_of_rank,
+)
 from vila.media.transform import Bytes, normalise
 
 
@@ -47,13 +55,7 @@ class SharedPixels(Sequence[Pixels]):
     def __len__(self) -> int:
         return len(self.squares)
 
-    @overload
-    def __getitem__(self, index: int) -> Pixels: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Pixels]: ...
-
-    def __getitem__(self, index: int | slice) -> Pixels | Sequence[Pixels]:
+    def __getitem__(self, index: Any) -> Any:
         return normalise(self.squares[index], self.spec)
 
     def write(self, out: Pixels) -> None:
@@ -120,9 +122,6 @@ def _socket_of(connection: Connection) -> socket.socket:
     return socket.socket(fileno=os.dup(connection.fileno()))
 
 
-START_METHODS = ("forkserver", "spawn", "fork")
-
-
 @dataclass(frozen=True)
 class StreamJob:
     """Work of one worker: how to read, and the state of each of its streams (by number).
@@ -138,8 +137,8 @@ class StreamJob:
     end: int | None = None
 
 
-class WorkerStreams:
-    """The packing streams of one rank, read by worker processes. Gives the same sequences as `PackingStreams`."""
+class WorkerStreams(RankStreams):
+    """Packing streams that are read by worker processes. Gives the same sequences as `PackingStreams`."""
 
     def __init__(
         self,
@@ -158,27 +157,19 @@ class WorkerStreams:
         end: int | None = None,
     ) -> None:
         """Start no process before the first step. prefetch: sequences that each worker reads ahead."""
-        self.numbers = streams_of_rank(rank, world, count)
-        self.dropped = self.truncated = 0
+        super().__init__(streams_of_rank(rank, world, count), log)
         self._job = StreamJob(reader, policy, count, decode, {}, end)
         self._states = {n: states[n] if states else PackingStreamState(n, ()) for n in self.numbers}
         self._owner = {n: index % min(workers, len(self.numbers)) for index, n in enumerate(self.numbers)}
-        self._prefetch, self._log, self._start_method = prefetch, log, start_method
+        self._prefetch, self._start_method = prefetch, start_method
         self._workers: list[_Worker] = []
 
-    def step(self) -> list[PackedSequence]:
-        """Return one sequence of each stream.
-
-        Raises the error of a worker, or DataError naming the sample that a worker was reading when it was killed.
-        """
+    def _next_sequences(self) -> list[PackedSequence]:
+        """Raise the error of a worker, or DataError naming the sample that a worker was reading when it was killed."""
         if not self._workers:
             self._start()
         sequences = [self._workers[self._owner[number]].next_sequence() for number in self.numbers]
         self._states = {n: sequence.state for n, sequence in zip(self.numbers, sequences, strict=True)}
-        self.dropped += sum(sequence.dropped for sequence in sequences)
-        self.truncated += sum(sequence.truncated for sequence in sequences)
-        if self._log:
-            self._log.add([sample for sequence in sequences for sample in sequence.bad_samples])
         return sequences
 
     @property
@@ -187,7 +178,7 @@ class WorkerStreams:
         return list(self._states.values())
 
     def close(self) -> None:
-        """End the workers, which hold no state; the next step starts new ones."""
+        """End the worker processes; the next step starts new ones."""
         atexit.unregister(self.close)
         for worker in self._workers:
             worker.close()

@@ -21,6 +21,7 @@ from vila.data.packing import (
     PackingPolicy,
     PackingStreams,
     PackingStreamState,
+    RankStreams,
     fit_micro_batch,
     streams_of_rank,
 )
@@ -56,7 +57,7 @@ class DataStream:
     pin_memory:   collate into page-locked memory.
     """
 
-    streams: PackingStreams | WorkerStreams
+    streams: RankStreams
     data_sets: list[str]
     bad_samples: BadSampleLog
     micro_batch: int
@@ -141,7 +142,7 @@ def build_streams(
     *,
     rank: int = 0,
     world_size: int = 1,
-) -> PackingStreams | WorkerStreams:
+) -> RankStreams:
     """Return the packing streams of a rank, read by `compute.workers` processes. They end with `budget.epochs`.
 
     Raises ConfigError if the global batch is not a multiple of the ranks, or if features are cached and a data set has

@@ -207,12 +207,10 @@ class RecordSource:
         return found
 
 
-class _FilteredFile:
+class _FilteredFile(RecordFile):
     """The records of a file that satisfy a predicate."""
 
     def __init__(self, records: RecordFile, name: str, predicate: Callable[[Record], bool], events: Events) -> None:
-        self.path, self._records = records.path, records
-
         def scan(path: Path, advanced: Callable[[int], None]) -> Iterator[np.ndarray]:
             record_bytes = path.stat().st_size // max(1, len(records))
             for number in range(len(records)):
@@ -224,10 +222,8 @@ class _FilteredFile:
                 if is_kept:
                     yield np.array([[number, 0]], dtype=np.uint64)
 
-        self._index = open_index(records.path, f"kept {name}", scan, events)
-
-    def __len__(self) -> int:
-        return len(self._index)
+        super().__init__(records.path, open_index(records.path, f"kept {name}", scan, events))
+        self._records = records
 
     def __getitem__(self, number: int) -> Record:
         return self._records[self._index[number][0]]

@@ -47,8 +47,12 @@ _SHAREGPT_ROLES: Mapping[str, Role] = {
 def sample_of(record: Record, root: Path, options: NoOptions) -> Sample:
     """Return the conversation of a record. Raises DataError with file, record, field and value."""
     extra = _TopLevelMedia(record, root)
-    messages = _conversation(record, root, extra)
-    branches = _branches(record, root, extra)
+    if record.value.get("messages") is None and record.value.get("conversations") is not None:
+        messages = _sharegpt(extra)
+    else:
+        list_at(record, "messages", "messages")
+        messages = _messages(extra, ("messages",))
+    branches = _branches(extra)
     if extra.unplaced and not Sample("", messages, branches).media:
         messages = _before_first_question(record, messages, branches, extra.all)
     else:
@@ -57,10 +61,10 @@ def sample_of(record: Record, root: Path, options: NoOptions) -> Sample:
 
 
 class _TopLevelMedia:
-    """The top-level media of a record, which replace placeholders in reading order."""
+    """A record and its top-level media, which replace placeholders in reading order."""
 
     def __init__(self, record: Record, root: Path) -> None:
-        self.record = record
+        self.record, self.root = record, root
         self.key = {"image": only_key(record, ("images", "image")), "video": only_key(record, ("videos", "video"))}
         self.media: dict[str, tuple[Image | Video, ...]] = {
             "image": tuple(image_at(record, keys, root) for keys in media_keys(record, self.key["image"])),
@@ -112,20 +116,13 @@ class _TopLevelMedia:
             )
 
 
-def _conversation(record: Record, root: Path, extra: _TopLevelMedia) -> tuple[Message, ...]:
-    if record.value.get("messages") is None and record.value.get("conversations") is not None:
-        return _sharegpt(record, extra)
-    list_at(record, "messages", "messages")
-    return _messages(record, ("messages",), root, extra)
-
-
-def _branches(record: Record, root: Path, extra: _TopLevelMedia) -> tuple[tuple[Message, ...], ...]:
-    given = record.value.get("branches")
+def _branches(extra: _TopLevelMedia) -> tuple[tuple[Message, ...], ...]:
+    given = extra.record.value.get("branches")
     if given is None:
         return ()
     if not isinstance(given, list):
-        raise record.error(field="branches", value=given, expected="a list of lists of messages")
-    return tuple(_messages(record, ("branches", number), root, extra) for number in range(len(given)))
+        raise extra.record.error(field="branches", value=given, expected="a list of lists of messages")
+    return tuple(_messages(extra, ("branches", number)) for number in range(len(given)))
 
 
 def _template(record: Record) -> str | None:
@@ -139,23 +136,21 @@ def _template(record: Record) -> str | None:
     return name or None
 
 
-def _messages(record: Record, keys: Keys, root: Path, extra: _TopLevelMedia) -> tuple[Message, ...]:
+def _messages(extra: _TopLevelMedia, keys: Keys) -> tuple[Message, ...]:
+    record = extra.record
     records = value_at(record.value, keys)
     if isinstance(records, list):
-        records = [_with_media(record, message, (*keys, number), root, extra) for number, message in enumerate(records)]
+        records = [_with_media(extra, message, (*keys, number)) for number, message in enumerate(records)]
     return parse_messages(records, file=record.file, record=record.number, field=key_path(keys))
 
 
-def _with_media(record: Record, message: Any, keys: Keys, root: Path, extra: _TopLevelMedia) -> Any:
+def _with_media(extra: _TopLevelMedia, message: Any, keys: Keys) -> Any:
     """Return the message with its image and video parts, and the markers in its text, replaced by media."""
     if not isinstance(message, Mapping):
         return message
     content, role = message.get("content"), message.get("role")
     if isinstance(content, str):
-        return {
-            **message,
-            "content": _text_parts(record, content, role, key_path((*keys, "content")), extra, plain=True),
-        }
+        return {**message, "content": _text_parts(extra, content, role, key_path((*keys, "content")), plain=True)}
     if not isinstance(content, list):
         return message
     parts: list[Any] = []
@@ -163,13 +158,13 @@ def _with_media(record: Record, message: Any, keys: Keys, root: Path, extra: _To
         here = (*keys, "content", number)
         text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part
         if isinstance(text, str):
-            parts += _text_parts(record, text, role, key_path(here), extra, plain=False)
+            parts += _text_parts(extra, text, role, key_path(here), plain=False)
         else:
-            parts.append(_part(record, part, here, root, extra))
+            parts.append(_part(extra, part, here))
     return {**message, "content": parts}
 
 
-def _text_parts(record: Record, text: str, role: Any, field: str, extra: _TopLevelMedia, *, plain: bool) -> list[Part]:
+def _text_parts(extra: _TopLevelMedia, text: str, role: Any, field: str, *, plain: bool) -> list[Part]:
     """Split a text at its markers. plain: the text is the whole content, so a marker without media is an error.
 
     `<video>` is also an HTML element, so it is a marker only if the record has videos.
@@ -178,12 +173,13 @@ def _text_parts(record: Record, text: str, role: Any, field: str, extra: _TopLev
     if role != "user":
         found = [_MARKERS[kind] for kind in kinds if _MARKERS[kind] in text]
         if found:
-            raise record.error(f"{found[0]} is only allowed in a question", field=field, value=text)
+            raise extra.record.error(f"{found[0]} is only allowed in a question", field=field, value=text)
         return [Text(text)]
     return extra.split(text, kinds)
 
 
-def _part(record: Record, part: Any, keys: Keys, root: Path, extra: _TopLevelMedia) -> Part | Any:
+def _part(extra: _TopLevelMedia, part: Any, keys: Keys) -> Part | Any:
+    record = extra.record
     kind = part.get("type") if isinstance(part, Mapping) else None
     field = key_path(keys)
     if kind not in ("image", "video"):
@@ -211,7 +207,7 @@ def _part(record: Record, part: Any, keys: Keys, root: Path, extra: _TopLevelMed
         return extra.take(kind)
     if given == ["base64"] and not isinstance(part["base64"], (str, MediaRef)):
         raise record.error(field=f"{field}.base64", value=part["base64"], expected="base64 text")
-    source = media_source(record, (*keys, kind) if given[0] == kind else keys, root)
+    source = media_source(record, (*keys, kind) if given[0] == kind else keys, extra.root)
     if kind == "image":
         return Image(source)
     frames = part.get("num_frames")
@@ -220,16 +216,16 @@ def _part(record: Record, part: Any, keys: Keys, root: Path, extra: _TopLevelMed
     return Video(source, frames)
 
 
-def _sharegpt(record: Record, extra: _TopLevelMedia) -> tuple[Message, ...]:
+def _sharegpt(extra: _TopLevelMedia) -> tuple[Message, ...]:
     """Return the messages of `conversations`, preceded by the text of `system`."""
-    messages = []
+    record, messages = extra.record, []
     if system := optional_text(record, "system"):
         messages.append(Message.of("system", system))
     speakers = f"one of {', '.join(_SHAREGPT_ROLES)}"
     for field, role, text in conversation_turns(record, _SHAREGPT_ROLES, speakers):
         if role == "system" and messages:
             raise record.error("a system turn must be the first", field=field)
-        parts = _text_parts(record, text, role, f"{field}.value", extra, plain=True)
+        parts = _text_parts(extra, text, role, f"{field}.value", plain=True)
         messages.append(Message(role, tuple(parts)))
     return tuple(messages)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from vila.core.errors import MISSING, DataError
 from vila.core.progress import SILENT, Events
@@ -76,38 +76,29 @@ def missing_member(record: Record, extension: str, field: str | None = None) -> 
     return record.error("not a member of the shard", field=field, value=extension, expected=f"one of {members}")
 
 
-class RecordFile(Protocol):
-    """The records of one file."""
+class RecordFile:
+    """The records of one file, numbered in their order there."""
 
-    path: Path
+    def __init__(self, path: Path, index: Index) -> None:
+        self.path, self._index = path, index
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self._index)
 
-    def __getitem__(self, number: int) -> Record: ...
-
-    def location(self, number: int) -> RecordLocation:
-        """Return the file and the number of a record in it."""
-
-
-class _NumberedRecords:
-    """Records numbered in the order of their file."""
-
-    path: Path
+    def __getitem__(self, number: int) -> Record:
+        """Read record `number`. Raises DataError with file and record."""
+        raise NotImplementedError
 
     def location(self, number: int) -> RecordLocation:
         """Return the file and the number of a record in it."""
         return str(self.path), number
 
 
-class JsonRecords(_NumberedRecords):
+class JsonRecords(RecordFile):
     """Records of a JSON list or of JSON lines."""
 
     def __init__(self, path: Path, events: Events = SILENT) -> None:
-        self.path = path
-        self._index = open_index(path, "json", scan_json, events)
-
-    def __len__(self) -> int:
-        return len(self._index)
+        super().__init__(path, open_index(path, "json", scan_json, events))
 
     def __getitem__(self, number: int) -> Record:
         """Read record `number`. Raises DataError with file and record."""
@@ -117,15 +108,11 @@ class JsonRecords(_NumberedRecords):
         return Record(parse_record(raw, self.path, number), self.path, number, f"{self.path.stem}/{number}", stored)
 
 
-class TarRecords(_NumberedRecords):
+class TarRecords(RecordFile):
     """Samples of a tar shard: members with the same key."""
 
     def __init__(self, path: Path, events: Events = SILENT) -> None:
-        self.path = path
-        self._index = open_index(path, "tar", scan_tar, events)
-
-    def __len__(self) -> int:
-        return len(self._index)
+        super().__init__(path, open_index(path, "tar", scan_tar, events))
 
     def __getitem__(self, number: int) -> Record:
         """Read sample `number`; its `value` is the member `json`, if any. Raises DataError with shard and key."""
@@ -139,13 +126,12 @@ class TarRecords(_NumberedRecords):
         return Record(value, self.path, record, f"{self.path.stem}/{key}", stored, members, in_shard=True)
 
 
-class ParquetRecords(_NumberedRecords):
+class ParquetRecords(RecordFile):
     """Records of a parquet file; only the requested columns are read."""
 
     def __init__(self, path: Path, columns: tuple[str, ...] = (), events: Events = SILENT) -> None:
         """columns: names of the columns to read, all if empty; missing ones are ignored."""
-        self.path = path
-        self._index: Index = open_index(path, "parquet", scan_parquet, events)
+        super().__init__(path, open_index(path, "parquet", scan_parquet, events))
         table = self._index.table()
         self._length = int(table[:, 1].sum()) if len(table) else 0
         known = column_names(path)
