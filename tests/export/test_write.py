@@ -161,7 +161,7 @@ def test_the_command_lists_formats_and_writes_an_export(vila, model, tmp_path):
     assert "how to run it" in out
     assert (tmp_path / "out" / "README.md").is_file()
     code, _, err = vila("export", model, "--format", "safetensors")
-    assert (code, "--output missing" in err) == (2, True)
+    assert (code, "--output: missing" in err) == (2, True)
     flags = ("--format", "compressed-tensors", "--output", tmp_path / "b")
     code, _, err = vila("export", model, *flags, "--group-size", 128)
     assert code == 1

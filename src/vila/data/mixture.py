@@ -20,11 +20,6 @@ from vila.data.bad_samples import RecordLocation
 _ROUNDS = 4
 
 
-def _round_key(seed: int, epoch: int, number: int) -> int:
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{number}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
 def _mix(value: int, key: int) -> int:
     # The finaliser of SplitMix64: full avalanche over 64 bits.
     value = (value + key) & 0xFFFFFFFFFFFFFFFF
@@ -40,7 +35,8 @@ class Permutation:
         self.size = size
         self._half_bits = max(1, ((max(size, 2) - 1).bit_length() + 1) // 2)
         self._mask = (1 << self._half_bits) - 1
-        self._keys = [_round_key(seed, epoch, number) for number in range(_ROUNDS)]
+        texts = [f"{seed}/{epoch}/{number}".encode() for number in range(_ROUNDS)]
+        self._keys = [int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") for text in texts]
 
     def __getitem__(self, position: int) -> int:
         """Return the index at `position`. Raises IndexError outside range(size)."""

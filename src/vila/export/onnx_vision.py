@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers.initialization import no_init_weights
 
 from vila.core.files import write_json
 from vila.export.base import ExportOptions, Readme
 from vila.export.source import ExportSource
-from vila.model.modeling import VilaForConditionalGeneration
+from vila.model.modeling import build_on_meta
 from vila.model.weights import published_names
 
 OPSET = 17
@@ -72,8 +70,7 @@ class OnnxVisionTarget:
 
 def vision_module(source: ExportSource) -> nn.Module:
     """Return tower and projector in float32 and eval mode; the weights of the LLM are not read."""
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        model = VilaForConditionalGeneration(source.config)
+    model = build_on_meta(source.config)
     here = published_names(model)
     for name in source.tensors:
         if name.startswith(_PARTS):

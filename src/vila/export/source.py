@@ -5,7 +5,6 @@ At most one chunk is in memory. AWQ scales and clipping limits are applied with 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -251,11 +250,7 @@ class ExportSource:
     @cached_property
     def dtype(self) -> torch.dtype:
         """Dtype of most weights, by bytes."""
-        sizes: Counter[torch.dtype] = Counter()
-        for ref in self.tensors.values():
-            if ref.dtype.is_floating_point:
-                sizes[ref.dtype] += ref.bytes
-        return sizes.most_common(1)[0][0]
+        return self.checkpoint.main_dtype
 
     @property
     def half_dtype(self) -> torch.dtype:

@@ -174,11 +174,15 @@ def write_llm(source: ExportSource, folder: Path, precision: str) -> None:
     _write_floats(source, f"{LLM}model.norm.weight", decoder / "norm" / "weight.bin")
     width = head_width(config)
     tables = rotary_tables(config.max_position_embeddings, width, rope_parameters(config).get("rope_theta", 10000.0))
+    suffix, dtype = ("_half.bin", torch.float16) if precision == "qm_cuda" else (".bin", torch.float32)
+    constants = {f"rotary_emb/{name}": table.to(dtype) for name, table in tables.items()}
+    constants["qk_bmm/alpha"] = torch.tensor([1 / math.sqrt(width)], dtype=dtype)
     for index in range(config.num_hidden_layers):
         layer = decoder / f"layer{index}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
             _write_floats(source, f"{LLM}model.layers.{index}.{norm}.weight", layer / norm / "weight.bin")
-        _write_constants(layer / "self_attn", tables, 1 / math.sqrt(width), half=precision == "qm_cuda")
+        for name, values in constants.items():
+            _write(values, layer / "self_attn" / f"{name}{suffix}")
     for name in source.block_linears():
         _, _, index_, inside = name.removeprefix(LLM).split(".", 3)
         target = decoder / f"layer{index_}" / inside.removeprefix("mlp.").replace(".", "/")
@@ -249,13 +253,6 @@ def rotary_tables(positions: int, width: int, theta: float) -> Mapping[str, Tens
     frequencies = 1 / theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies).repeat(1, 2)
     return {"cos_cached": angles.cos(), "sin_cached": angles.sin()}
-
-
-def _write_constants(folder: Path, tables: Mapping[str, Tensor], alpha: float, *, half: bool) -> None:
-    suffix, dtype = ("_half.bin", torch.float16) if half else (".bin", torch.float32)
-    for name, table in tables.items():
-        _write(table.to(dtype), folder / "rotary_emb" / f"{name}{suffix}")
-    _write(torch.tensor([alpha], dtype=dtype), folder / "qk_bmm" / f"alpha{suffix}")
 
 
 def _write_floats(source: ExportSource, name: str, path: Path) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -96,9 +97,7 @@ class FeatureCache:
 
 def _hash_of(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for key, value in sorted(tensors.items()):
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    _update(digest, tensors)
     return digest.hexdigest()
 
 
@@ -106,7 +105,11 @@ def _fingerprint(model: VilaForConditionalGeneration, processor: VilaProcessor) 
     digest = hashlib.sha256()
     settings = [processor.vision_spec, model.config.select_layer, model.config.select_feature]
     digest.update(json.dumps(settings, sort_keys=True).encode())
-    for name, value in sorted(model.vision_tower.state_dict().items()):
+    _update(digest, model.vision_tower.state_dict())
+    return digest.hexdigest()[:20]
+
+
+def _update(digest: Any, tensors: Mapping[str, Tensor]) -> None:
+    for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:20]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
+from accelerate import dispatch_model, infer_auto_device_map
 from torch import nn
-from transformers.initialization import no_init_weights
 
 from vila.chat.templates import find_template
 from vila.chat.tokenize import check_special_tokens
@@ -27,7 +25,7 @@ from vila.model.layouts.config_file import build_generation_config, read_config,
 from vila.model.layouts.detect import LAYOUTS, check_checkpoint_sizes, open_folder
 from vila.model.layouts.tokenizer_files import read_tokenizer
 from vila.model.layouts.tower_files import read_tower, tower_spec, tower_tensors
-from vila.model.modeling import VilaForConditionalGeneration
+from vila.model.modeling import VilaForConditionalGeneration, build_on_meta
 from vila.model.processor import VilaProcessor
 from vila.model.projector import build_projector
 from vila.model.weights import TensorRef, find_weight_files, list_tensors, published_names, read_tensors
@@ -54,7 +52,7 @@ def build_model(
     model = empty_model(checkpoint, int4=False, projector=projector)
     expected = dict(model.named_parameters())
     found = _tensors_by_parameter(model, checkpoint)
-    dtype = dtype or _main_dtype(checkpoint)
+    dtype = dtype or checkpoint.main_dtype
     if int4:
         _insert_int4_layers(model, checkpoint.int4)
     devices = _device_map(model, dtype, device_map) if device_map else {"": torch.device(device)}
@@ -83,13 +81,8 @@ def empty_model(
     int4, projector: as in `build_model`.
     Raises LayoutError for a config that transformers cannot build, WeightMismatchError as `build_model`.
     """
-    # Weights are not initialised, because files overwrite them; buffers are computed.
-    with (
-        file_errors(checkpoint.sources.model.file, LayoutError),
-        init_empty_weights(include_buffers=False),
-        no_init_weights(),
-    ):
-        model = VilaForConditionalGeneration(checkpoint.config)
+    with file_errors(checkpoint.sources.model.file, LayoutError):
+        model = build_on_meta(checkpoint.config)
     for name, buffer in model.named_buffers():
         if buffer.is_floating_point() and not bool(buffer.isfinite().all()):
             text = checkpoint.sources.text
@@ -137,14 +130,6 @@ def _check_weights(
             )
     if missing or unexpected or mismatched:
         raise WeightMismatchError(checkpoint.folder, missing=missing, unexpected=unexpected, mismatched=mismatched)
-
-
-def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    sizes: Counter[torch.dtype] = Counter()
-    for ref in checkpoint.tensors.values():
-        if ref.dtype.is_floating_point:
-            sizes[ref.dtype] += ref.bytes
-    return sizes.most_common(1)[0][0]
 
 
 def _device_map(model: VilaForConditionalGeneration, dtype: torch.dtype, device_map: DeviceMap) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vila.model.config import VilaConfig
@@ -60,6 +62,12 @@ def cached_mask(valid_BK: Tensor, num_queries: int) -> Tensor:
     own_QK = torch.zeros_like(causal_QK)
     own_QK[:, K - num_queries :] = torch.eye(num_queries, dtype=torch.bool, device=valid_BK.device)
     return ((valid_BK[:, None, :] & causal_QK) | own_QK)[:, None]
+
+
+def build_on_meta(config: VilaConfig) -> VilaForConditionalGeneration:
+    """Build a model with its weights on the meta device, where they are not initialised; buffers are computed."""
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        return VilaForConditionalGeneration(config)
 
 
 class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):

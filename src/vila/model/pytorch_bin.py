@@ -206,14 +206,10 @@ class _TensorUnpickler(RestrictedUnpickler):
         return tensor
 
 
-def _parameter(data: Any, *_: Any) -> Any:
-    return data
-
-
 _REBUILD: Final = ("_rebuild_tensor", "_rebuild_tensor_v2")
 _NAMES: Final[Mapping[tuple[str, str], Any]] = {
     ("collections", "OrderedDict"): dict,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
     ("torch", "Size"): tuple,
     **{(module, kind.__name__): dtype for dtype, kind in STORAGE_TYPES.items() for module in ("torch", "torch.cuda")},
 }

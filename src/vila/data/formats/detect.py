@@ -75,7 +75,9 @@ def _several_lines(head: bytes, first: bytes, whole: list[bytes]) -> Problem | N
     except RecursionError:
         return None
     except ValueError as error:
-        if not (isinstance(error, json.JSONDecodeError) and _is_unfinished(error, first)):
+        if not isinstance(error, json.JSONDecodeError):
+            return None
+        if error.pos < len(first.decode(errors="replace")) and not error.msg.startswith("Unterminated"):
             return None
     else:
         return None
@@ -83,10 +85,6 @@ def _several_lines(head: bytes, first: bytes, whole: list[bytes]) -> Problem | N
     if name:
         return _wrapped(name)
     return "a JSON object over several lines", "put it in a list ([...]), or on one line (jq -c . FILE)"
-
-
-def _is_unfinished(error: json.JSONDecodeError, text: bytes) -> bool:
-    return error.pos >= len(text.decode(errors="replace")) or error.msg.startswith("Unterminated")
 
 
 def _wrapped(name: str) -> Problem:

@@ -63,7 +63,7 @@ def sample_of(record: Record, root: Path, options: LlavaOptions, normalise: Norm
         )
     rest, remaining = iter(questions), iter(images)
     messages = [
-        Message(role, tuple(_parts(next(rest), remaining))) if role == "user" else Message.of(role, text)
+        Message(role, _parts(next(rest), remaining)) if role == "user" else Message.of(role, text)
         for role, text in turns
     ]
     return Sample(id_of(record), check_turns(messages, record, "conversations"))
@@ -80,11 +80,11 @@ def _turns(record: Record) -> list[tuple[Role, str]]:
     return turns
 
 
-def _parts(text: str, images: Iterator[Part]) -> Iterator[Part]:
+def _parts(text: str, images: Iterator[Part]) -> tuple[Part, ...]:
     pieces: list[Part | str] = []
     for number, chunk in enumerate(text.split(IMAGE_MARKER)):
         pieces += [next(images), chunk] if number else [chunk]
-    yield from merge_texts(pieces)
+    return merge_texts(pieces)
 
 
 def _about_video(turns: Sequence[tuple[Role, str]], video: Video) -> list[Message]:

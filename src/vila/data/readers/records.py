@@ -319,10 +319,10 @@ def unread_media(record: Record, sample: Sample, reads: Collection[str]) -> list
     """
     is_text = not sample.media and not any(_holds(record.value.get(key), strict=False) for key in reads)
     # Checking an unloaded column decodes it for a whole row group, so only the first record of a file does it.
-    found = [name for name, _ in _top_level(record, reads, peek=is_text or record.number == 0)]
+    found = list(_top_level(record, reads, peek=is_text or record.number == 0))
     found += [f"member {name}" for name in _members(record, sample, reads)]
     if is_text:
-        found += [name for name, _ in _nested(record.value, reads)]
+        found += _nested(record.value, reads)
     if is_text and found:
         read = ", ".join(map(repr, reads)) or "no media"
         raise record.error(
@@ -334,17 +334,17 @@ def unread_media(record: Record, sample: Sample, reads: Collection[str]) -> list
     return found
 
 
-def _top_level(record: Record, reads: Collection[str], peek: bool) -> Iterator[tuple[str, Any]]:
+def _top_level(record: Record, reads: Collection[str], peek: bool) -> Iterator[str]:
     """Yield top-level keys that hold media and are not in `reads`. peek: check unloaded columns too."""
     for key, value in record.value.items():
         if key not in reads and _is_media(key, value):
-            yield key, value
+            yield key
     for key in record.unloaded if peek else ():
-        if key not in reads and _key_type(key) and _is_media(key, value := record.peek(key)):
-            yield key, value
+        if key not in reads and _key_type(key) and _is_media(key, record.peek(key)):
+            yield key
 
 
-def _nested(record: Mapping[str, Any], reads: Collection[str]) -> Iterator[tuple[str, Any]]:
+def _nested(record: Mapping[str, Any], reads: Collection[str]) -> Iterator[str]:
     """Yield the same for nested objects: turns, messages, metadata."""
     for key, value in record.items():
         if key in reads:
@@ -354,7 +354,7 @@ def _nested(record: Mapping[str, Any], reads: Collection[str]) -> Iterator[tuple
                 continue
             for name, inner in turn.items():
                 if _is_media(name, inner):
-                    yield (f"{key}[{number}].{name}" if isinstance(value, list) else f"{key}.{name}"), inner
+                    yield f"{key}[{number}].{name}" if isinstance(value, list) else f"{key}.{name}"
 
 
 def _members(record: Record, sample: Sample, reads: Collection[str]) -> Iterator[str]:

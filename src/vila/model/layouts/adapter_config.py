@@ -109,6 +109,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         raise fields.refusal("lora_alpha", expected="more than 0, with init_lora_weights pissa")
     if any(not name.endswith(".weight") for name in fields.texts("target_parameters", [])):
         raise fields.refusal("target_parameters", expected="weights of Linears", hint=MERGE_WITH_PEFT)
+    if "" in (whole_modules := fields.texts("modules_to_save", [])):
+        raise fields.refusal("modules_to_save", expected="names of modules")
     return AdapterConfig(
         file=fields.file,
         rank=fields.integer("r", minimum=1, maximum=2**20),
@@ -118,7 +120,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         init=init,
         rank_pattern=_pattern(fields, "rank_pattern", whole=True),
         alpha_pattern=_pattern(fields, "alpha_pattern", whole=False),
-        whole_modules=_whole_modules(fields),
+        whole_modules=whole_modules,
         has_biases=fields.text("bias", "none", choices=("none", "all", "lora_only")) != "none",
         trained_rows=_rows(fields),
         keeps_tie=fields.flag("ensure_weight_tying", False),
@@ -164,13 +166,6 @@ def _pattern(fields: Fields, key: str, *, whole: bool) -> dict[str, Any]:
 def _by_pattern(values: Mapping[str, Any], module: str, default: Any) -> Any:
     # As PEFT's `get_pattern_key`: the first expression that matches the end of the name.
     return next((value for key, value in values.items() if re.match(_PATTERN.format(key), module)), default)
-
-
-def _whole_modules(fields: Fields) -> list[str]:
-    names = fields.texts("modules_to_save", [])
-    if "" in names:
-        raise fields.refusal("modules_to_save", expected="names of modules")
-    return names
 
 
 def _rows(fields: Fields) -> Sequence[int] | Mapping[str, Sequence[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -53,6 +54,15 @@ class Checkpoint:
     unexpected: Sequence[str] = ()
     generation: Mapping[str, Any] = field(default_factory=dict)
     int4: Mapping[str, PackedWeight] = field(default_factory=dict)
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """Floating-point dtype of most weights that are not INT4, by bytes."""
+        sizes: Counter[torch.dtype] = Counter()
+        for ref in self.tensors.values():
+            if ref.dtype.is_floating_point:
+                sizes[ref.dtype] += ref.bytes
+        return sizes.most_common(1)[0][0]
 
 
 class ReadLayout(Protocol):

@@ -162,10 +162,6 @@ def _check_values(fields: Fields) -> None:
     for key in _TOKEN_IDS:
         fields.integer(key, None, minimum=-1)
     token_ids(fields, "eos_token_id")
-    _check_padding(fields)
-
-
-def _check_padding(fields: Fields) -> None:
     # torch rejects a padding index outside the embedding table.
     padding, rows = fields.integer("pad_token_id", None, minimum=-1), fields.integer("vocab_size", None)
     if padding is not None and rows is not None and padding >= rows:
@@ -192,14 +188,18 @@ def token_ids(fields: Fields, key: str) -> list[int]:
 
 def _check_rope(fields: Fields) -> None:
     """Check rotary position settings under the old key (`rope_scaling`) and the new one."""
-    fields.number("rope_theta", None, minimum=1.0, maximum=1e12)
-    fields.number("partial_rotary_factor", None, minimum=0.01, maximum=1.0)
+    _check_rotation(fields)
     for key in _ROPE_KEYS:
         section = fields.section(key)
         # Models with several attention types have one object per type.
         nested = bool(section) and all(isinstance(value, dict) for value in section.values())
         for rope in map(section.section, section) if nested else [section]:
             _check_one_rope(rope)
+
+
+def _check_rotation(fields: Fields) -> None:
+    fields.number("rope_theta", None, minimum=1.0, maximum=1e12)
+    fields.number("partial_rotary_factor", None, minimum=0.01, maximum=1.0)
 
 
 def _check_one_rope(rope: Fields) -> None:
@@ -215,8 +215,7 @@ def _check_one_rope(rope: Fields) -> None:
         for name in ("short_factor", "long_factor"):
             value = rope.get(name)
             rope.numbers(name, length=len(value) if isinstance(value, list) else 0, minimum=1e-6, maximum=1e6)
-    rope.number("rope_theta", None, minimum=1.0, maximum=1e12)
-    rope.number("partial_rotary_factor", None, minimum=0.01, maximum=1.0)
+    _check_rotation(rope)
     rope.integer("original_max_position_embeddings", None, minimum=1, maximum=MAX_POSITIONS)
     for name in _ROPE_OPTIONAL:
         rope.number(name, None, maximum=1e6)

@@ -76,7 +76,10 @@ class LlavaV1Layout(FullPrecisionLayout):
         refs, tokenizer_folder = _llm_and_projector(folder, base, fields, llm)
         ours, unexpected = map_names(refs, PREFIXES)
         tower = self._tower(folder, fields, ours)
-        tokenizer = _with_image_tokens(read_tokenizer(tokenizer_folder), fields)
+        tokenizer = read_tokenizer(tokenizer_folder)
+        if fields.flag("mm_use_im_start_end", False):
+            patch = ["<im_patch>"] if fields.flag("mm_use_im_patch_token", True) else []
+            tokenizer.add_tokens([*patch, "<im_start>", "<im_end>"], special_tokens=True)
         with fields.naming(FIELDS):
             config, processor = build_config(
                 llm=llm,
@@ -202,13 +205,6 @@ def _find_tower(folder: Path, fields: Fields) -> Path:
             f"no directory in or next to the checkpoint or below {Path.cwd()}, and not on the hub ({error})",
             hint="put the vision tower there, or change the config",
         ) from error
-
-
-def _with_image_tokens(tokenizer: Any, fields: Fields) -> Any:
-    if fields.flag("mm_use_im_start_end", False):
-        wanted = ["<im_patch>"] if fields.flag("mm_use_im_patch_token", True) else []
-        tokenizer.add_tokens([*wanted, "<im_start>", "<im_end>"], special_tokens=True)
-    return tokenizer
 
 
 def vila_settings(config: Any, processor: Any) -> dict[str, Any]:

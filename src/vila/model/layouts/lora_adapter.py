@@ -10,15 +10,12 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
-from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.initialization import no_init_weights
 
 from vila.core.errors import DownloadError, LayoutError
 from vila.core.files import atomic_path
@@ -31,7 +28,7 @@ from vila.model.layouts.config_file import read_config
 from vila.model.layouts.detect import open_folder
 from vila.model.layouts.native import read_native_config, read_processor
 from vila.model.layouts.tokenizer_files import write_tokenizer
-from vila.model.modeling import VilaForConditionalGeneration
+from vila.model.modeling import VilaForConditionalGeneration, build_on_meta
 from vila.model.processor import VilaProcessor
 from vila.model.weights import Shape, TensorRef, list_tensors, open_weight_file, published_names
 
@@ -56,8 +53,7 @@ _EMPTY: Final = "DeepSpeed ZeRO-3 saves empty weights unless it gathers them; sa
 _WRONG_BASE: Final = "is the base the model that the adapter was trained on?"
 
 
-@dataclass(frozen=True)
-class TiedHead:
+class TiedHead(NamedTuple):
     """Names of the embeddings and of the LM head that is tied to them."""
 
     embeddings: str
@@ -73,11 +69,14 @@ def read_adapter(
     Raises LayoutError as `read_adapter_config`, and for adapter weights that are damaged or match nothing.
     """
     config = read_adapter_config(folder)
-    path = _file(folder)
+    path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise LayoutError(f"{CONFIG_FILE} without weights", file=folder, expected=" or ".join(_FILES))
     modules, wholes = _read_parts(path)
     out = dict(refs)
     problems = _replace_base_layers(out, wholes, modules, config, tied)
-    touched = tied is not None and _touches(tied, modules, wholes)
+    # PEFT changes embeddings and LM head independently.
+    touched = tied and any(name in wholes or name.rpartition(".")[0] in modules for name in tied)
     if tied and touched:
         _check_untied(config, modules, tied)
         out[tied.head] = out[tied.embeddings]
@@ -99,13 +98,6 @@ def read_adapter(
 def merge_lora(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """Return `weight` [O, I] + scale x `up` [O, R] x `down` [R, I], computed in float32, in the dtype of `weight`."""
     return (weight.float() + scale * (up.float() @ down.float())).to(weight.dtype)
-
-
-def _file(folder: Path) -> Path:
-    for name in _FILES:
-        if (folder / name).is_file():
-            return folder / name
-    raise LayoutError(f"{CONFIG_FILE} without weights", file=folder, expected=" or ".join(_FILES))
 
 
 def _read_parts(path: Path) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef]]:
@@ -149,7 +141,8 @@ def _replace_base_layers(
     for name, ref in list(wholes.items()):
         plain = name.replace(".base_layer.", ".")
         module, _, leaf = plain.rpartition(".")
-        allowed = plain != name or _is_vocabulary(module) or (config.has_biases and leaf == "bias")
+        is_vocabulary = module.rpartition(".")[2] in ("embed_tokens", "lm_head")
+        allowed = plain != name or is_vocabulary or (config.has_biases and leaf == "bias")
         if config.is_whole(plain) and plain == name:
             continue
         del wholes[name]
@@ -165,16 +158,6 @@ def _replace_base_layers(
         else:
             out[target] = ref
     return problems
-
-
-def _is_vocabulary(module: str) -> bool:
-    return module.rpartition(".")[2] in ("embed_tokens", "lm_head")
-
-
-def _touches(tied: TiedHead, modules: Mapping[str, object], wholes: Mapping[str, object]) -> bool:
-    """Return whether an adapter changes the embeddings or the LM head, which PEFT changes independently."""
-    both = (tied.embeddings, tied.head)
-    return any(name in wholes or name.rpartition(".")[0] in modules for name in both)
 
 
 def _check_untied(config: AdapterConfig, modules: Mapping[str, Mapping[str, TensorRef]], tied: TiedHead) -> None:
@@ -317,9 +300,7 @@ def _opened(parts: Mapping[str, TensorRef]) -> Iterator[dict[str, Tensor]]:
         yield {part: get(ref.name) for part, ref in parts.items()}
 
 
-_WEIGHTS = "adapter_model.safetensors"
 _TIED = TiedHead("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
-_ADAPTER_PREFIX = "base_model.model."
 _BASE = "base_model_name_or_path"
 _SIZES = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
@@ -426,10 +407,10 @@ def write_adapter(
     peft_config.inference_mode = True
     # AutoPeftModel builds the base from this.
     peft_config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    named = {_ADAPTER_PREFIX + name.replace(".default.", "."): tensor.contiguous() for name, tensor in tensors.items()}
+    named = {_PREFIX + name.replace(".default.", "."): tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_path(folder) as part:
         part.mkdir()
-        save_file(named, part / _WEIGHTS, metadata={"format": "pt"})
+        save_file(named, part / _FILES[0], metadata={"format": "pt"})
         peft_config.save_pretrained(part)
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(part)
@@ -439,8 +420,7 @@ def write_adapter(
 
 def _by_parameter(base: Checkpoint) -> dict[str, TensorRef]:
     """Return the base's weights by parameter name, which adapters refer to."""
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        names = published_names(VilaForConditionalGeneration(base.config))
+    names = published_names(build_on_meta(base.config))
     return {names.get(name, name): ref for name, ref in base.tensors.items()}
 
 

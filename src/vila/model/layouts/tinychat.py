@@ -48,7 +48,8 @@ class TinychatLayout:
         """Return whether this is a `.pt` file, or a directory whose weights, or its LLM's, are such files."""
         if folder.is_file():
             return folder.suffix == TORCH_SUFFIX
-        if not any(_is_tinychat(path.name) for part in (folder, folder / _LLM) for path in part.glob("*.pt")):
+        names = [path.name for part in (folder, folder / _LLM) for path in part.glob("*.pt")]
+        if not any(name.endswith(("v2.pt", ".qweight.pt")) or ("awq" in name and "w4" in name) for name in names):
             return False
         return not (_has_weights(folder) or _has_weights(folder / _LLM))
 
@@ -61,7 +62,8 @@ class TinychatLayout:
         layout = detect_full_precision(model_folder)
         if layout is None:
             raise LayoutError(f"not a 16-bit model, which {folder} needs", file=model_folder)
-        own, unexpected = map_names(list_tensors([open_weight_file(path) for path in _files(folder)]), _PREFIXES)
+        files = [folder] if folder.is_file() else torch_weight_files(folder) or torch_weight_files(folder / _LLM)
+        own, unexpected = map_names(list_tensors(list(map(open_weight_file, files))), _PREFIXES)
         base_checkpoint = layout.open(model_folder)
         # The LLM of the 16-bit model is not used: its norms do not match the 4-bit weights.
         others = {name: ref for name, ref in base_checkpoint.tensors.items() if not name.startswith("language_model.")}
@@ -101,18 +103,8 @@ def _with_head(tensors: Mapping[str, Writable]) -> Mapping[str, Writable]:
     return {**tensors, _HEAD: tensors.get(_HEAD, tensors[_EMBEDDINGS])}
 
 
-def _is_tinychat(name: str) -> bool:
-    return name.endswith(("v2.pt", ".qweight.pt")) or ("awq" in name and "w4" in name)
-
-
 def _has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (*SINGLE_FILES, *INDEX_FILES)) or any(folder.glob("*.safetensors"))
-
-
-def _files(folder: Path) -> list[Path]:
-    if folder.is_file():
-        return [folder]
-    return torch_weight_files(folder) or torch_weight_files(folder / _LLM)
 
 
 def _model_folder(folder: Path) -> Path:
