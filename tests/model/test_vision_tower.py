@@ -330,7 +330,7 @@ def test_gradients_reach_the_images():
 @pytest.mark.parametrize(
     ("scales", "max_split", "value"),
     [
-        ((4, 10), 4, 10),
+        ((4, 10), 4, [4, 10]),
         ((), 4, []),
         ((0, 4), 4, [0, 4]),
         ((4,), 0, [4]),

@@ -83,18 +83,19 @@ def check_image_size(config: PretrainedConfig, image_size: int, scales: Sequence
         if config.model_type not in _ANY_SIZE and image_size != (side := _side(config.image_size, "image_size")):
             raise LayoutError(f"the {config.model_type} tower expects {side}", field="image_size", value=image_size)
         return
-    for scale in scales:
-        check_image_size(config, scale // _num_splits(scale, max_split, scales))
+    for scale, splits in _num_splits(scales, max_split):
+        check_image_size(config, scale // splits)
 
 
-def _num_splits(scale: int, max_split: int, scales: Sequence[int]) -> int:
-    """Return the number of tiles along a side. Raises LayoutError if `scale` cannot be split evenly."""
-    if min(scales) < 1 or max_split < 1:
+def _num_splits(scales: Sequence[int], max_split: int) -> list[tuple[int, int]]:
+    """Return each scale, ascending, and its number of tiles along a side. Raises LayoutError if one cannot be split evenly."""
+    if not scales or min(scales) < 1 or max_split < 1:
         raise LayoutError("scales and tile size must be positive", field="s2_scales", value=list(scales))
-    splits = math.ceil(scale / max_split)
-    if scale % splits:
-        problem = f"{scale} pixels cannot be split into {splits} equal tiles of at most {max_split}"
-        raise LayoutError(problem, field="s2_scales", value=list(scales))
+    splits = [(scale, math.ceil(scale / max_split)) for scale in sorted(scales)]
+    for scale, number in splits:
+        if scale % number:
+            problem = f"{scale} pixels cannot be split into {number} equal tiles of at most {max_split}"
+            raise LayoutError(problem, field="s2_scales", value=list(scales))
     return splits
 
 
@@ -179,8 +180,7 @@ def multiscale_features(encode: Encode, pixels_N3HW: Tensor, scales: Sequence[in
     code, resizing is bicubic in float32 without antialiasing, and skipped for images that already have the size.
     Raises LayoutError for scales that cannot be split evenly, and for features that are not a square grid.
     """
-    splits = [_num_splits(scale, max_split, scales) for scale in sorted(scales)]
-    maps = [_feature_map(encode, pixels_N3HW, *one) for one in zip(sorted(scales), splits, strict=True)]
+    maps = [_feature_map(encode, pixels_N3HW, *one) for one in _num_splits(scales, max_split)]
     side = maps[0].shape[-1]
     same_size = [_resize(features_NChw, side, "area") for features_NChw in maps]
     return torch.cat(same_size, dim=1).flatten(2).transpose(1, 2)
