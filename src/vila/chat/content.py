@@ -81,11 +81,8 @@ def _part(part: Any, field: str, read: ReadMedia | None) -> Part:
         return Text(text)
     if isinstance(part, Mapping) and part.get("type") in ("image", "image_url", "video"):
         return (read or read_media)(part, field)
-    raise DataError(
-        field=field,
-        value=part,
-        expected="text, or a part of type text (with a string 'text'), image, image_url or video",
-    )
+    expected = "text, or a part of type text (with a string 'text'), image, image_url or video"
+    raise DataError(field=field, value=part, expected=expected)
 
 
 def read_media(part: Mapping[str, Any], field: str) -> Image | Video:
@@ -147,11 +144,8 @@ def _object(value: Any, field: str) -> Any:
         raise DataError(field=field, value=value, expected="a PIL image, an array, bytes, a path or a URL")
     array = np.asarray(value)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise DataError(
-            f"array of dtype {array.dtype} and shape {list(array.shape)}",
-            field=field,
-            expected="uint8 [H, W, 3] or [H, W]",
-        )
+        problem = f"array of dtype {array.dtype} and shape {list(array.shape)}"
+        raise DataError(problem, field=field, expected="uint8 [H, W, 3] or [H, W]")
     return PilImage.fromarray(array)
 
 

@@ -181,12 +181,9 @@ def check_special_tokens(template: Template, tokenizer: Any, num_rows: int) -> N
     found = {token: ids.get(own.get(token, token) or "") for token in sorted(template.special_tokens)}
     names = {"{bos}": "a BOS token", "{eos}": "an EOS token"}
     if lacking := [names.get(token, token) for token, id_ in found.items() if id_ is None]:
-        raise TemplateError(
-            f"the tokenizer lacks {', '.join(lacking)}, which the template uses",
-            field="template",
-            value=template.name,
-            hint="use the template that the LLM was trained with, or another LLM",
-        )
+        problem = f"the tokenizer lacks {', '.join(lacking)}, which the template uses"
+        hint = "use the template that the LLM was trained with, or another LLM"
+        raise TemplateError(problem, field="template", value=template.name, hint=hint)
     rows = {own.get(token, token): id_ for token, id_ in found.items() if id_ is not None and id_ >= num_rows}
     if beyond := [f"{token} ({id_})" for token, id_ in rows.items()]:
         raise TemplateError(

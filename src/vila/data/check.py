@@ -225,12 +225,9 @@ class _Check:
             kept = self.data.shortened(self.part, sample, rows.max_length) if rows.overlong == "truncate" else 0
         rows.add(length, kept)
         if length > rows.max_length and rows.overlong == "error":
-            raise DataError(
-                f"{length} tokens exceed {rows.max_length}",
-                record=f"sample {sample.id!r}",
-                field="data.max_length",
-                hint=f"raise data.max_length (from {rows.origin or 'the default'}) or set data.overlong=drop",
-            )
+            problem = f"{length} tokens exceed {rows.max_length}"
+            hint = f"raise data.max_length (from {rows.origin or 'the default'}) or set data.overlong=drop"
+            raise DataError(problem, record=f"sample {sample.id!r}", field="data.max_length", hint=hint)
 
     def _media_error(self, item: Image | Video) -> str:
         """Return the error of an image or video, or "". Readable media are opened once; errors count per sample."""

@@ -355,12 +355,9 @@ class PackingStream:
         self._last_reason = reason
         self._bad_locations.add(location)
         if len(self._bad_locations) > self.policy.max_faults:
-            raise DataError(
-                f"too many unreadable samples; last error: {error}",
-                field="data.max_faults",
-                value=len(self._bad_locations),
-                expected=f"at most {self.policy.max_faults}",
-            )
+            problem = f"too many unreadable samples; last error: {error}"
+            expected = f"at most {self.policy.max_faults}"
+            raise DataError(problem, field="data.max_faults", value=len(self._bad_locations), expected=expected)
 
     def _check_refused(self, refused: int) -> None:
         """Raise DataError if very many samples in succession were left out: no sequence would ever be filled."""

@@ -95,11 +95,9 @@ def require_images(mixture: Mixture, reason: str) -> None:
             except VilaError:
                 return
         checked += len(subset)
-    raise ConfigError(
-        f"none of {checked:,} samples has an image or a video, and {reason}",
-        field="data.mixture",
-        hint="add a data set with images, or train the LLM too: stage.tune=[projector,llm]",
-    )
+    problem = f"none of {checked:,} samples has an image or a video, and {reason}"
+    hint = "add a data set with images, or train the LLM too: stage.tune=[projector,llm]"
+    raise ConfigError(problem, field="data.mixture", hint=hint)
 
 
 _BINS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)

@@ -305,11 +305,8 @@ def open_source(
     """
     checkpoint = open_checkpoint(path, template=template, base=base, revision=revision)
     if checkpoint.unexpected:
-        raise LayoutError(
-            f"{len(checkpoint.unexpected)} unexpected weights ({', '.join(checkpoint.unexpected)})",
-            file=checkpoint.folder,
-            hint="refusing a partial export",
-        )
+        problem = f"{len(checkpoint.unexpected)} unexpected weights ({', '.join(checkpoint.unexpected)})"
+        raise LayoutError(problem, file=checkpoint.folder, hint="refusing a partial export")
     if search is not None and checkpoint.int4:
         raise LayoutError(
             "the weights are INT4, so an AWQ search cannot be applied",

@@ -51,11 +51,8 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
     except RevisionNotFoundError as error:
         raise DownloadError("no such revision", file=name, field="revision", value=revision) from error
     except RepositoryNotFoundError as error:
-        raise DownloadError(
-            "no such directory, and no such repository on the hub",
-            file=name,
-            hint="check the spelling; log in if the repository is private",
-        ) from error
+        hint = "check the spelling; log in if the repository is private"
+        raise DownloadError("no such directory, and no such repository on the hub", file=name, hint=hint) from error
     except (HTTPError, OSError) as error:
         if cached is not None:
             return cached

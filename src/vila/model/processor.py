@@ -86,11 +86,8 @@ class VilaProcessor(ProcessorMixin):
         Raises TemplateError if the model has none, and for special tokens that the tokenizer lacks.
         """
         if not (name or self.template):
-            raise TemplateError(
-                "the checkpoint does not name its conversation template",
-                field="template",
-                hint="set --template, or template= in Python (docs/chat.md lists the templates)",
-            )
+            hint = "set --template, or template= in Python (docs/chat.md lists the templates)"
+            raise TemplateError("the checkpoint does not name its conversation template", field="template", hint=hint)
         chosen = find_template(name or self.template)
         if chosen.name not in self._checked_templates:
             check_special_tokens(chosen, self.tokenizer, sys.maxsize)

@@ -113,11 +113,8 @@ def _inputs_of(module: nn.Module, projector: nn.Module, features_NPC: Tensor) ->
 def check_projector(projector_type: str) -> None:
     """Raise LayoutError for an unknown projector type."""
     if projector_type not in ("identity", "linear", "mlp_downsample") and not _MLP.fullmatch(projector_type):
-        raise LayoutError(
-            field="projector_type",
-            value=projector_type,
-            expected="identity, linear, mlpNx_gelu (N = 1 to 999) or mlp_downsample",
-        )
+        expected = "identity, linear, mlpNx_gelu (N = 1 to 999) or mlp_downsample"
+        raise LayoutError(field="projector_type", value=projector_type, expected=expected)
 
 
 def _grid_side(patches: int) -> int:

@@ -242,13 +242,9 @@ def _read_zip(path: Path, stream: BinaryIO, size: int) -> tuple[Any, _TensorUnpi
             raise LayoutError("no such member", file=path, field=f"data/{key}", hint=_DAMAGED)
         storage.start = _begin(path, stream, size, info)
         if storage.num_bytes > info.file_size:
-            raise LayoutError(
-                "the member is smaller than its tensors",
-                file=path,
-                field=info.filename,
-                value=info.file_size,
-                expected=f"{storage.num_bytes} bytes",
-            )
+            problem = "the member is smaller than its tensors"
+            expected = f"{storage.num_bytes} bytes"
+            raise LayoutError(problem, file=path, field=info.filename, value=info.file_size, expected=expected)
     return value, reader
 
 
@@ -263,13 +259,9 @@ def _member(path: Path, stream: BinaryIO, size: int, info: zipfile.ZipInfo) -> b
 def _begin(path: Path, stream: BinaryIO, size: int, info: zipfile.ZipInfo) -> int:
     """Return the offset of a member's content. Raises LayoutError unless it is stored uncompressed within the file."""
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
-        raise LayoutError(
-            "compressed or encrypted",
-            file=path,
-            field=info.filename,
-            expected="stored members, as torch.save writes them",
-            hint="uncompressed it may exceed memory; load and save it with torch if you trust it",
-        )
+        expected = "stored members, as torch.save writes them"
+        hint = "uncompressed it may exceed memory; load and save it with torch if you trust it"
+        raise LayoutError("compressed or encrypted", file=path, field=info.filename, expected=expected, hint=hint)
     offset = max(0, info.header_offset)
     stream.seek(offset)
     header = stream.read(_LOCAL_HEADER_BYTES)

@@ -145,11 +145,8 @@ def _half(name: str, tensor: Writable) -> Writable:
     def compute() -> Tensor:
         half = materialize(tensor).to(torch.float16)
         if not bool(half.isfinite().all()):
-            raise LayoutError(
-                "values exceed 65504, the largest float16 number",
-                field=name,
-                hint="save this model in the native layout",
-            )
+            problem = "values exceed 65504, the largest float16 number"
+            raise LayoutError(problem, field=name, hint="save this model in the native layout")
         return half
 
     return LazyTensor(tuple(tensor.shape), torch.float16, compute)

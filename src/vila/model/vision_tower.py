@@ -53,12 +53,8 @@ def check_tower(config: PretrainedConfig, select_feature: str) -> None:
     if select_feature not in SELECT_FEATURES:
         raise LayoutError(field="select_feature", value=select_feature, expected=", ".join(SELECT_FEATURES))
     if select_feature == "patch" and not has_cls_token(config):
-        raise LayoutError(
-            f"a {config.model_type} tower has no class token; 'patch' would drop an image patch",
-            field="select_feature",
-            value=select_feature,
-            expected="cls_patch",
-        )
+        problem = f"a {config.model_type} tower has no class token; 'patch' would drop an image patch"
+        raise LayoutError(problem, field="select_feature", value=select_feature, expected="cls_patch")
 
 
 def check_features(config: PretrainedConfig, select_layer: int, select_feature: str) -> None:
@@ -66,12 +62,9 @@ def check_features(config: PretrainedConfig, select_layer: int, select_feature: 
     check_tower(config, select_feature)
     depth = int(config.num_hidden_layers)
     if not 1 <= block_index(select_layer, depth) <= depth:
-        raise LayoutError(
-            f"outside the {depth} blocks of the vision tower",
-            field="select_layer",
-            value=select_layer,
-            expected=f"an integer from 1 to {depth}, or from -{depth} to -1",
-        )
+        problem = f"outside the {depth} blocks of the vision tower"
+        expected = f"an integer from 1 to {depth}, or from -{depth} to -1"
+        raise LayoutError(problem, field="select_layer", value=select_layer, expected=expected)
 
 
 def check_image_size(config: PretrainedConfig, image_size: int, scales: Sequence[int] = (), max_split: int = 0) -> None:
@@ -88,7 +81,7 @@ def check_image_size(config: PretrainedConfig, image_size: int, scales: Sequence
 
 
 def _num_splits(scales: Sequence[int], max_split: int) -> list[tuple[int, int]]:
-    """Return each scale, ascending, and its number of tiles along a side. Raises LayoutError if one cannot be split evenly."""
+    """Return each scale, ascending, and its number of tiles along a side. Raises LayoutError for an uneven split."""
     if not scales or min(scales) < 1 or max_split < 1:
         raise LayoutError("scales and tile size must be positive", field="s2_scales", value=list(scales))
     splits = [(scale, math.ceil(scale / max_split)) for scale in sorted(scales)]

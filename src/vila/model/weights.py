@@ -134,11 +134,8 @@ class TorchFile:
                 "contains no weights", file=self.path, value=type(values).__name__, expected="a dict of tensors"
             )
         if values and values.keys() <= {"scale", "clip"}:
-            raise LayoutError(
-                "contains AWQ search results, not weights",
-                file=self.path,
-                hint="give it to vila quantize --load-awq, with the 16-bit model",
-            )
+            hint = "give it to vila quantize --load-awq, with the 16-bit model"
+            raise LayoutError("contains AWQ search results, not weights", file=self.path, hint=hint)
         for name, value in values.items():
             if not isinstance(name, str) or not isinstance(value, StoredTensor):
                 raise LayoutError(
@@ -295,22 +292,12 @@ def _listed_shards(index: Path) -> list[Path]:
         )
     for weight, file in named.items():
         if not isinstance(file, str) or not file.strip(". ") or len(file) > 255 or set(file) & _NOT_IN_NAMES:
-            raise LayoutError(
-                "",
-                file=index,
-                field=f"weight_map.{weight}",
-                value=file,
-                expected="the name of a file next to the index",
-            )
+            expected = "the name of a file next to the index"
+            raise LayoutError("", file=index, field=f"weight_map.{weight}", value=file, expected=expected)
     shards = [index.parent / file for file in sorted(set(named.values()))]
     if missing := [shard.name for shard in shards if not shard.is_file()]:
-        raise LayoutError(
-            f"{len(missing)} of {len(shards)} shards are missing",
-            file=index,
-            field="weight_map",
-            value=missing,
-            hint="download the checkpoint again",
-        )
+        problem = f"{len(missing)} of {len(shards)} shards are missing"
+        raise LayoutError(problem, file=index, field="weight_map", value=missing, hint="download the checkpoint again")
     return shards
 
 
@@ -320,12 +307,8 @@ def _check_shards_have_index(folder: Path) -> None:
         names = sorted(path.name for path in folder.glob(f"{stem}-*-of-*.{ending}"))
         counted = [match for name in names if (match := _SHARD.search(name)) and int(match[1]) > 1]
         if counted:
-            raise LayoutError(
-                f"{len(counted)} of {int(counted[0][1])} shards without their index",
-                file=folder / index,
-                value=names[:3],
-                hint=f"download {index} too",
-            )
+            problem = f"{len(counted)} of {int(counted[0][1])} shards without their index"
+            raise LayoutError(problem, file=folder / index, value=names[:3], hint=f"download {index} too")
 
 
 def torch_weight_files(folder: Path) -> list[Path]:
@@ -339,12 +322,9 @@ def torch_weight_files(folder: Path) -> list[Path]:
     second = [path for path in paths if path.name.endswith("v2.pt")]
     if len(second) == 1:
         return second
-    raise LayoutError(
-        f"ambiguous: {len(paths)} .pt files",
-        file=folder,
-        value=[path.name for path in paths[:5]],
-        hint="pass the path of the file with the weights",
-    )
+    problem = f"ambiguous: {len(paths)} .pt files"
+    hint = "pass the path of the file with the weights"
+    raise LayoutError(problem, file=folder, value=[path.name for path in paths[:5]], hint=hint)
 
 
 def open_weight_file(path: Path) -> WeightFile:

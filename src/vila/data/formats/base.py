@@ -299,11 +299,8 @@ def _refuse_compressed(path: Path) -> None:
             "compressed files have no random access", file=path, hint="decompress it (it saves little for images)"
         )
     if path.suffix == ".pkl":
-        raise DataError(
-            "pickle files can execute code and are not read",
-            file=path,
-            hint="convert shards of VILA with: vila data prepare pkl",
-        )
+        hint = "convert shards of VILA with: vila data prepare pkl"
+        raise DataError("pickle files can execute code and are not read", file=path, hint=hint)
 
 
 def read_options(kind: type[Options], given: Mapping[str, Any], format_name: str) -> Options:

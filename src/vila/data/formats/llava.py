@@ -54,13 +54,9 @@ def sample_of(record: Record, root: Path, options: LlavaOptions, normalise: Norm
         questions = normalise(questions)
     markers = sum(text.count(IMAGE_MARKER) for text in questions)
     if markers != len(images):
-        raise record.error(
-            f"the number of images differs from that of {IMAGE_MARKER} in the questions",
-            field="image",
-            value=len(images),
-            expected=str(markers),
-            hint="give each image one marker, and name the images in 'image'",
-        )
+        problem = f"the number of images differs from that of {IMAGE_MARKER} in the questions"
+        hint = "give each image one marker, and name the images in 'image'"
+        raise record.error(problem, field="image", value=len(images), expected=str(markers), hint=hint)
     rest, remaining = iter(questions), iter(images)
     messages = [
         Message(role, _parts(next(rest), remaining)) if role == "user" else Message.of(role, text)

@@ -199,11 +199,8 @@ def _part(extra: _TopLevelMedia, part: Any, keys: Keys) -> Part | Any:
         raise record.error(f"several sources of one {kind} part", field=field, value=given, expected="one of them")
     if not given:
         if not extra.media[kind]:
-            raise record.error(
-                f"{kind} part without a source, and no top-level {kind}",
-                field=field,
-                expected=f"one of {', '.join(_SOURCES)}",
-            )
+            problem = f"{kind} part without a source, and no top-level {kind}"
+            raise record.error(problem, field=field, expected=f"one of {', '.join(_SOURCES)}")
         return extra.take(kind)
     if given == ["base64"] and not isinstance(part["base64"], (str, MediaRef)):
         raise record.error(field=f"{field}.base64", value=part["base64"], expected="base64 text")

@@ -102,11 +102,8 @@ def _sentence_index(record: Record, number: int, info: Any, sentences: int, opti
         return max(range(len(similar)), key=similar.__getitem__)
     sentence = info.get("matched_text_index")
     if not isinstance(sentence, int) or isinstance(sentence, bool) or not 0 <= sentence < sentences:
-        raise record.error(
-            field=f"image_info[{number}].matched_text_index",
-            value=sentence,
-            expected=f"an index below {sentences}, the number of texts",
-        )
+        expected = f"an index below {sentences}, the number of texts"
+        raise record.error(field=f"image_info[{number}].matched_text_index", value=sentence, expected=expected)
     return sentence
 
 

@@ -83,11 +83,8 @@ def read_span(path: Path, offset: int, size: int, version: FileVersion | None = 
     except OSError as error:
         raise _unreadable(path, error) from error
     if len(content) != size:
-        raise DataError(
-            f"the file ends {max(missing, 0) or size - len(content)} bytes too early, before byte {offset + size}",
-            file=path,
-            hint="copy or download it again",
-        )
+        problem = f"the file ends {max(missing, 0) or size - len(content)} bytes too early, before byte {offset + size}"
+        raise DataError(problem, file=path, hint="copy or download it again")
     return content
 
 

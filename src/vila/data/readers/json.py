@@ -118,11 +118,8 @@ class _ListScan:
             if self._unfinished is not None and offset - self._unfinished > MAX_RECORD_BYTES:
                 raise _too_long(self.path, self._records, self._unfinished)
         if not self._closed:
-            raise DataError(
-                f"the JSON list is cut at byte {offset + len(rest)}, after {self._records} complete records",
-                file=self.path,
-                hint=_AGAIN,
-            )
+            problem = f"the JSON list is cut at byte {offset + len(rest)}, after {self._records} complete records"
+            raise DataError(problem, file=self.path, hint=_AGAIN)
         if self._commas != max(0, self._records - 1):
             raise DataError(
                 f"the JSON list has {self._records} objects but {self._commas} commas between them",
@@ -183,12 +180,9 @@ class _ListScan:
     def _check_nothing_follows(self, content: bytes, offset: int) -> None:
         if content.strip(_SPACE):
             position = offset + len(content) - len(content.lstrip(_SPACE))
-            raise DataError(
-                f"text follows the JSON list, from byte {position}",
-                file=self.path,
-                expected="one list",
-                hint="join several lists with: jq -s add FILE",
-            )
+            problem = f"text follows the JSON list, from byte {position}"
+            hint = "join several lists with: jq -s add FILE"
+            raise DataError(problem, file=self.path, expected="one list", hint=hint)
 
 
 def _check_sizes(path: Path, spans: np.ndarray, before: int) -> None:

@@ -325,12 +325,9 @@ def unread_media(record: Record, sample: Sample, reads: Collection[str]) -> list
         found += _nested(record.value, reads)
     if is_text and found:
         read = ", ".join(map(repr, reads)) or "no media"
-        raise record.error(
-            "has media that the format does not read, and none that it reads",
-            field=found[0],
-            value=record.value.get(found[0]),
-            hint=f"the format reads {read}; rename the key, or remove it if the record has no media",
-        )
+        problem = "has media that the format does not read, and none that it reads"
+        hint = f"the format reads {read}; rename the key, or remove it if the record has no media"
+        raise record.error(problem, field=found[0], value=record.value.get(found[0]), hint=hint)
     return found
 
 

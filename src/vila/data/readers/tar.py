@@ -84,12 +84,9 @@ def scan_tar(path: Path, advanced: Callable[[int], None]) -> Iterator[np.ndarray
             if key:
                 found.append((start, end - start))
             if split[0] in seen:
-                raise DataError(
-                    f"is separated from the other members of sample {split[0]!r}",
-                    file=path,
-                    record=f"member {member.name!r}",
-                    hint="write the members of a sample consecutively (tar --sort=name)",
-                )
+                problem = f"is separated from the other members of sample {split[0]!r}"
+                hint = "write the members of a sample consecutively (tar --sort=name)"
+                raise DataError(problem, file=path, record=f"member {member.name!r}", hint=hint)
             key, start = split[0], member.begin
             seen.add(key)
             names.clear()
@@ -113,13 +110,8 @@ def _check_member(path: Path, member: TarFileMember, extension: str, names: set[
     if extension in names:
         raise DataError("is repeated", file=path, record=record, hint="keep one of them")
     if member.size > MAX_RECORD_BYTES and extension.rpartition(".")[2] in _TEXTS:
-        raise DataError(
-            "the text is too long",
-            file=path,
-            record=record,
-            value=member.size,
-            expected=f"at most {MAX_RECORD_BYTES:,} bytes",
-        )
+        expected = f"at most {MAX_RECORD_BYTES:,} bytes"
+        raise DataError("the text is too long", file=path, record=record, value=member.size, expected=expected)
 
 
 def tar_members(path: Path) -> Iterator[TarFileMember]:
@@ -261,11 +253,8 @@ class _Headers:
         if size is None or size < 0:
             raise self._cut(f"{what} has no valid size ({size})")
         if content + size > self._end:
-            raise DataError(
-                f"the shard is cut or damaged inside {what} (byte {self._end}: no end-of-archive mark)",
-                file=self.path,
-                hint=_AGAIN,
-            )
+            problem = f"the shard is cut or damaged inside {what} (byte {self._end}: no end-of-archive mark)"
+            raise DataError(problem, file=self.path, hint=_AGAIN)
         return size
 
     def _skip_end_mark(self) -> bool:
@@ -282,11 +271,8 @@ class _Headers:
         start = offset - (offset - mark) % _BLOCK
         block = self._read(start, _BLOCK)
         if start - mark < 2 * _BLOCK or len(block) < _BLOCK or _Header.parse(block) is None:
-            raise DataError(
-                f"{self._end - offset:,} bytes follow the end of the archive, from byte {offset}",
-                file=self.path,
-                hint=f"{_AGAIN}, or remove them: truncate -s {start}",
-            )
+            problem = f"{self._end - offset:,} bytes follow the end of the archive, from byte {offset}"
+            raise DataError(problem, file=self.path, hint=f"{_AGAIN}, or remove them: truncate -s {start}")
         self._offset = start
         return False
 

@@ -138,12 +138,9 @@ def _init(fields: Fields) -> str:
     name = value.lower() if isinstance(value, str) else ""
     if name in (*_UNCHANGED_BASE, *_CHANGED_BASE):
         return name if name in _CHANGED_BASE else ""
-    raise fields.refusal(
-        key,
-        "an initialisation that changes the base in a way that cannot be reproduced",
-        expected=f"true, false, {', '.join((*_UNCHANGED_BASE, *_CHANGED_BASE))}",
-        hint=_CONVERT,
-    )
+    problem = "an initialisation that changes the base in a way that cannot be reproduced"
+    expected = f"true, false, {', '.join((*_UNCHANGED_BASE, *_CHANGED_BASE))}"
+    raise fields.refusal(key, problem, expected=expected, hint=_CONVERT)
 
 
 def _pattern(fields: Fields, key: str, *, whole: bool) -> dict[str, Any]:

@@ -254,11 +254,8 @@ def checkpoint_with_int4(
     Raises LayoutError if there is no 4-bit weight, or one outside the decoder blocks.
     """
     if not packed:
-        raise LayoutError(
-            "no .qweight tensors in a 4-bit checkpoint",
-            file=folder,
-            hint=f"remove {_KEY} from config.json if the weights are in 16 bits, else download the checkpoint again",
-        )
+        hint = f"remove {_KEY} from config.json if the weights are in 16 bits, else download the checkpoint again"
+        raise LayoutError("no .qweight tensors in a 4-bit checkpoint", file=folder, hint=hint)
     check_int4_names(packed, folder)
     configs: tuple[Any, ...] = (checkpoint.config, checkpoint.config.text_config)
     for config in configs:
@@ -269,9 +266,6 @@ def checkpoint_with_int4(
 def check_int4_names(names: Iterable[str], folder: Path) -> None:
     """Raise LayoutError for 4-bit Linears outside the decoder blocks."""
     if wrong := sorted(name for name in names if not name.startswith(DECODER_BLOCKS)):
-        raise LayoutError(
-            "4-bit weights outside the LLM's decoder blocks",
-            file=folder,
-            field=", ".join(wrong[:5]),
-            hint="quantize the 16-bit model with vila quantize",
-        )
+        problem = "4-bit weights outside the LLM's decoder blocks"
+        hint = "quantize the 16-bit model with vila quantize"
+        raise LayoutError(problem, file=folder, field=", ".join(wrong[:5]), hint=hint)

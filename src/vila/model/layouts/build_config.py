@@ -86,9 +86,5 @@ def check_vision_spec(config: VilaConfig, spec: VisionSpec) -> None:
     check_image_size(tower, spec.image_size, config.s2_scales, config.s2_max_split)
     tokens = num_image_tokens(tower, spec.image_size, config.s2_scales, config.projector_type, config.select_feature)
     if spec.tokens_per_image != tokens:
-        raise LayoutError(
-            "does not match tower and projector",
-            field="tokens_per_image",
-            value=spec.tokens_per_image,
-            expected=f"{tokens}",
-        )
+        problem = "does not match tower and projector"
+        raise LayoutError(problem, field="tokens_per_image", value=spec.tokens_per_image, expected=f"{tokens}")

@@ -48,12 +48,8 @@ def detect_layout(folder: Path) -> ReadLayout:
         if LAYOUTS[name].matches(folder):
             return LAYOUTS[name]
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    raise LayoutError(
-        f"no known checkpoint layout; the directory contains {found}",
-        file=folder,
-        expected=", ".join(LAYOUTS),
-        hint=_model_below(folder),
-    )
+    problem = f"no known checkpoint layout; the directory contains {found}"
+    raise LayoutError(problem, file=folder, expected=", ".join(LAYOUTS), hint=_model_below(folder))
 
 
 def _model_below(folder: Path) -> str | None:

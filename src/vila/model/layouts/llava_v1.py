@@ -200,11 +200,9 @@ def _find_tower(folder: Path, fields: Fields) -> Path:
     try:
         return find_folder(source, folder)
     except LayoutError as error:
-        raise fields.refusal(
-            "mm_vision_tower",
-            f"no directory in or next to the checkpoint or below {Path.cwd()}, and not on the hub ({error})",
-            hint="put the vision tower there, or change the config",
-        ) from error
+        problem = f"no directory in or next to the checkpoint or below {Path.cwd()}, and not on the hub ({error})"
+        hint = "put the vision tower there, or change the config"
+        raise fields.refusal("mm_vision_tower", problem, hint=hint) from error
 
 
 def vila_settings(config: Any, processor: Any) -> dict[str, Any]:

@@ -166,13 +166,8 @@ def _check_untied(config: AdapterConfig, modules: Mapping[str, Mapping[str, Tens
     if key:
         raise LayoutError("LM head and embeddings are tied", file=config.file, field=key, hint=MERGE_WITH_PEFT)
     if config.init and tied.head.rpartition(".")[0] in modules:
-        raise LayoutError(
-            "changes the embeddings, which are tied to the LM head of the adapter",
-            file=config.file,
-            field="init_lora_weights",
-            value=config.init,
-            hint=MERGE_WITH_PEFT,
-        )
+        problem = "changes the embeddings, which are tied to the LM head of the adapter"
+        raise LayoutError(problem, file=config.file, field="init_lora_weights", value=config.init, hint=MERGE_WITH_PEFT)
 
 
 def _merge(out: dict[str, TensorRef], module: str, parts: dict[str, TensorRef], config: AdapterConfig) -> list[str]:
@@ -189,12 +184,8 @@ def _merge(out: dict[str, TensorRef], module: str, parts: dict[str, TensorRef], 
         return []
     _check_shapes(out[weight], parts, module, config)
     if ("magnitude" in parts) != config.use_dora:
-        raise LayoutError(
-            f"{module} is {'without' if config.use_dora else 'with'} lora_magnitude_vector",
-            file=config.file,
-            field="use_dora",
-            value=config.use_dora,
-        )
+        problem = f"{module} is {'without' if config.use_dora else 'with'} lora_magnitude_vector"
+        raise LayoutError(problem, file=config.file, field="use_dora", value=config.use_dora)
     out[weight] = _with_product(out[weight], parts, module, config)
     if "bias" in parts:
         if bias not in out or out[bias].shape != parts["bias"].shape:
@@ -328,11 +319,8 @@ class AdapterLayout:
         _check_no_cycle(folder, base_folder)
         base_checkpoint = open_folder(base_folder)
         if base_checkpoint.int4:
-            raise LayoutError(
-                "adapters cannot be merged into 4-bit weights",
-                file=base_folder,
-                hint="pass the 16-bit model as base= or --model-base, and quantize the result",
-            )
+            hint = "pass the 16-bit model as base= or --model-base, and quantize the result"
+            raise LayoutError("adapters cannot be merged into 4-bit weights", file=base_folder, hint=hint)
         config, processor, sources = base_checkpoint.config, base_checkpoint.processor, base_checkpoint.sources
         if (folder / "config.json").is_file():
             config, sources = read_native_config(folder)
@@ -366,13 +354,9 @@ def find_base(folder: Path) -> Path:
     try:
         return local_folder(adapter.base, adapter.revision)
     except (LayoutError, DownloadError) as error:
-        raise LayoutError(
-            f"no directory below {Path.cwd()} or a parent of the adapter, and not available on the hub ({error})",
-            file=adapter.file,
-            field=_BASE,
-            value=adapter.base,
-            hint="pass its directory as base= or --model-base",
-        ) from error
+        problem = f"no directory below {Path.cwd()} or a parent of the adapter, and not available on the hub ({error})"
+        hint = "pass its directory as base= or --model-base"
+        raise LayoutError(problem, file=adapter.file, field=_BASE, value=adapter.base, hint=hint) from error
 
 
 def _check_no_cycle(folder: Path, base: Path) -> None:

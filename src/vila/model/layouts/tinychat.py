@@ -112,11 +112,8 @@ def _model_folder(folder: Path) -> Path:
     for parent in (folder, folder.parent) if folder.is_dir() else (folder.parent, folder.parent.parent):
         if detect_full_precision(parent) is not None:
             return parent
-    raise LayoutError(
-        "weights without a directory that describes the model",
-        file=folder,
-        hint="pass the directory of the 16-bit model as base= or --model-base",
-    )
+    hint = "pass the directory of the 16-bit model as base= or --model-base"
+    raise LayoutError("weights without a directory that describes the model", file=folder, hint=hint)
 
 
 def _packed(name: str, parts: Mapping[str, TensorRef]) -> PackedWeight:
@@ -126,14 +123,9 @@ def _packed(name: str, parts: Mapping[str, TensorRef]) -> PackedWeight:
         if packing != "gemm":
             return PackedWeight(parts, packing, size, unpacked_shape(parts["qweight"], packing))
     found = ", ".join(f"{ending} {ref.describe()}" for ending, ref in parts.items())
-    raise LayoutError(
-        "",
-        file=parts["qweight"].file.path,
-        field=name,
-        value=found,
-        expected="one of TinyChat's packings, with group size 32, 64 or 128",
-        hint="create the file again with TinyChat's tools, or quantize the 16-bit model with vila quantize",
-    )
+    expected = "one of TinyChat's packings, with group size 32, 64 or 128"
+    hint = "create the file again with TinyChat's tools, or quantize the 16-bit model with vila quantize"
+    raise LayoutError("", file=parts["qweight"].file.path, field=name, value=found, expected=expected, hint=hint)
 
 
 class _Packing:
