@@ -74,10 +74,8 @@ def search_folds(search: AwqSearch, shapes: Mapping[str, tuple[int, ...]]) -> di
     problems = list(_problems(search, shapes))
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise LayoutError(
-            f"the AWQ search does not fit this model: {'; '.join(problems[:5])}{more}",
-            hint="search again for this model",
-        )
+        problem = f"the AWQ search does not fit this model: {'; '.join(problems[:5])}{more}"
+        raise LayoutError(problem, hint="search again for this model")
     out: dict[str, list[Fold]] = {}
     for scale in search.scales:
         for leaf in ("weight", "bias"):

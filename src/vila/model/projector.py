@@ -120,8 +120,6 @@ def check_projector(projector_type: str) -> None:
 def _grid_side(patches: int) -> int:
     side = math.isqrt(patches)
     if side * side != patches:
-        raise LayoutError(
-            f"{patches} patches are not a square grid, so 2 x 2 neighbours cannot be merged",
-            hint="drop the class token with select_feature 'patch'",
-        )
+        problem = f"{patches} patches are not a square grid, so 2 x 2 neighbours cannot be merged"
+        raise LayoutError(problem, hint="drop the class token with select_feature 'patch'")
     return side

@@ -184,10 +184,8 @@ def _feature_map(encode: Encode, pixels_N3HW: Tensor, scale: int, splits: int) -
     patches = features_MPC.shape[1]
     side = math.isqrt(patches)
     if side * side != patches:
-        raise LayoutError(
-            f"S2 needs a square grid of patches, but the tower returns {patches} features per tile",
-            hint="drop the class token with select_feature 'patch'",
-        )
+        problem = f"S2 needs a square grid of patches, but the tower returns {patches} features per tile"
+        raise LayoutError(problem, hint="drop the class token with select_feature 'patch'")
     return _join_tiles(features_MPC.transpose(1, 2).unflatten(2, (side, side)), splits)
 
 

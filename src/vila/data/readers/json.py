@@ -192,13 +192,9 @@ def _check_sizes(path: Path, spans: np.ndarray, before: int) -> None:
 
 
 def _too_long(path: Path, record: int, offset: int) -> DataError:
-    return DataError(
-        f"the record at byte {offset} is too long",
-        file=path,
-        record=record,
-        expected=f"at most {MAX_RECORD_BYTES:,} bytes",
-        hint="keep images in files or in tar shards; JSON lines have one record per line",
-    )
+    problem = f"the record at byte {offset} is too long"
+    hint = "keep images in files or in tar shards; JSON lines have one record per line"
+    return DataError(problem, file=path, record=record, expected=f"at most {MAX_RECORD_BYTES:,} bytes", hint=hint)
 
 
 def _unescaped(block: bytes) -> tuple[bytes, bytes]:

@@ -281,11 +281,8 @@ class _Headers:
         return DataError(problem, file=self.path, record=record, expected="a plain file", hint=_WRITE_AGAIN)
 
     def _cut(self, reason: str) -> DataError:
-        return DataError(
-            f"the shard is cut or damaged after {self._last} (byte {self._offset}: {reason})",
-            file=self.path,
-            hint=_AGAIN,
-        )
+        problem = f"the shard is cut or damaged after {self._last} (byte {self._offset}: {reason})"
+        return DataError(problem, file=self.path, hint=_AGAIN)
 
 
 def _padded(size: int) -> int:

@@ -310,14 +310,9 @@ def check_sizes(
 def _size_error(fields: Fields, key: str, asked: Any, expected: str) -> LayoutError:
     """Return the error for a size; a size that the file omits is the default of its config class."""
     absent = fields.get(key) is None and key in _IN_CONFIGS
-    return LayoutError(
-        "not in the file, and its default does not match the weights" if absent else "does not match the weights",
-        file=fields.file,
-        field=fields.field(key),
-        value=asked,
-        expected=expected,
-        hint="config and weights are of different models: download the checkpoint again",
-    )
+    problem = "not in the file, and its default does not match the weights" if absent else "does not match the weights"
+    hint = "config and weights are of different models: download the checkpoint again"
+    return LayoutError(problem, file=fields.file, field=fields.field(key), value=asked, expected=expected, hint=hint)
 
 
 _IN_CONFIGS = (

@@ -215,14 +215,9 @@ def _check_shapes(base: TensorRef, parts: Mapping[str, TensorRef], module: str, 
 
 def _shape_error(parts: Mapping[str, TensorRef], base: TensorRef, expected: str) -> LayoutError:
     ref = next(iter(parts.values()))
-    return LayoutError(
-        f"does not match the base weight {base.name}",
-        file=ref.file.path,
-        field=ref.name,
-        value=list(ref.shape),
-        expected=expected,
-        hint=f"{_WRONG_BASE} are r and rank_pattern correct in {CONFIG_FILE}?",
-    )
+    problem = f"does not match the base weight {base.name}"
+    hint = f"{_WRONG_BASE} are r and rank_pattern correct in {CONFIG_FILE}?"
+    return LayoutError(problem, file=ref.file.path, field=ref.name, value=list(ref.shape), expected=expected, hint=hint)
 
 
 def _with_product(base: TensorRef, parts: Mapping[str, TensorRef], module: str, config: AdapterConfig) -> TensorRef:
