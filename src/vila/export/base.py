@@ -6,10 +6,9 @@ An export is written for another runtime and never read back; formats that are a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 from vila import __version__
 from vila.core.errors import ConfigError, LayoutError, UnknownNameError
@@ -52,31 +51,29 @@ class Readme:
     notes: Sequence[str] = ()
 
 
-class ExportTarget(Protocol):
+@dataclass(frozen=True)
+class ExportTarget:
     """A format for another program.
 
     summary:      what is written and which program reads it, in one line.
     precisions:   supported precisions with a line of help each, the default first.
-    options:      supported ones of OPTIONS.
     verification: how the files were checked, and what was not run.
+    problems:     returns every reason why a model is not supported, and the supported values; reads no weights.
+    write:        writes the files into an empty directory, tensor by tensor.
+    readme:       returns the content of README.md.
+    options:      supported ones of OPTIONS.
     has_llm:      whether the weights of the LLM are written.
     """
 
     name: str
     summary: str
     precisions: Mapping[str, str]
-    options: frozenset[str]
     verification: str
-    has_llm: bool
-
-    def problems(self, source: ExportSource, options: ExportOptions) -> list[str]:
-        """Return every reason why this model is not supported, and the supported values; reads no weights."""
-
-    def write(self, source: ExportSource, part: Path, options: ExportOptions) -> None:
-        """Write the files into the empty directory `part`, tensor by tensor."""
-
-    def readme(self, source: ExportSource, options: ExportOptions) -> Readme:
-        """Return the content of README.md."""
+    problems: Callable[[ExportSource, ExportOptions], list[str]]
+    write: Callable[[ExportSource, Path, ExportOptions], None]
+    readme: Callable[[ExportSource, ExportOptions], Readme]
+    options: frozenset[str] = frozenset()
+    has_llm: bool = True
 
 
 EXPORTS: Registry[ExportTarget] = Registry(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vila.export.base import ExportOptions, Readme, choose_group_size, int4_problems
+from vila.export.base import ExportOptions, ExportTarget, Readme, choose_group_size, int4_problems
 from vila.export.llava_folder import LlavaTensor, llava_problems, llava_tensors, write_llava_files
 from vila.export.source import ExportSource, StreamedTensors, write_tensors
 from vila.kernels.packings import CODES_PER_WORD, pack_compressed
@@ -18,60 +18,49 @@ IGNORE = ("lm_head", "re:.*lm_head", "re:.*vision_tower.*", "re:.*multi_modal_pr
 """Modules that are not quantized, under the names of old and new transformers and of vLLM."""
 
 
-_PRECISIONS = {
-    "int4": "4 bits with a scale and a zero point per group (W4A16_ASYM)",
-    "int4-symmetric": "4 bits with a scale per group (W4A16)",
-}
+def _problems(source: ExportSource, options: ExportOptions) -> list[str]:
+    symmetric = is_symmetric(options)
+    return [
+        *llava_problems(source),
+        *int4_problems(source, options, symmetric=symmetric, outputs=1 if symmetric else 8),
+    ]
 
 
-class CompressedTensorsTarget:
-    """Decoder Linears in 4 bits, everything else in 16 bits."""
-
-    name = "compressed-tensors"
-    summary = "INT4 weights in a LLaVA directory for vLLM (pack-quantized)"
-    precisions = _PRECISIONS
-    options = frozenset({"load_awq", "group_size"})
-    has_llm = True
-    verification = (
-        "bit-exact in an independent reader; loaded on a CPU by transformers 5.23 with compressed-tensors 0.20; "
-        "not tested in vLLM"
+def _write(source: ExportSource, part: Path, options: ExportOptions) -> None:
+    group, symmetric = choose_group_size(source, options), is_symmetric(options)
+    linears = {f"{name}.weight" for name in source.block_linears()}
+    write_tensors(
+        part,
+        (
+            _int4(name.removesuffix(".weight"), one, source, group, symmetric)
+            if one.source_name in linears
+            else one.copied(name, source.half_dtype)
+            for name, one in llava_tensors(source).items()
+        ),
     )
+    config = {"quantization_config": quantization_config(group, symmetric)}
+    write_llava_files(source, part, source.half_dtype, config)
 
-    def problems(self, source: ExportSource, options: ExportOptions) -> list[str]:
-        """Return the reasons why transformers' LLaVA does not support the model or the group size."""
-        symmetric = is_symmetric(options)
-        return [
-            *llava_problems(source),
-            *int4_problems(source, options, symmetric=symmetric, outputs=1 if symmetric else 8),
-        ]
 
-    def write(self, source: ExportSource, part: Path, options: ExportOptions) -> None:
-        """Write the weights one by one, then the other files."""
-        group, symmetric = choose_group_size(source, options), is_symmetric(options)
-        write_compressed(source, part, group, symmetric)
-        config = {"quantization_config": quantization_config(group, symmetric)}
-        write_llava_files(source, part, source.half_dtype, config)
-
-    def readme(self, source: ExportSource, options: ExportOptions) -> Readme:
-        """Return the commands for vLLM and transformers, which must dequantize asymmetric files."""
-        symmetric = is_symmetric(options)
-        config = "" if symmetric else ", quantization_config=CompressedTensorsConfig(dequantize=True)"
-        names = "AutoModelForImageTextToText" + ("" if symmetric else ", CompressedTensorsConfig")
-        return Readme(
-            commands=(
-                ("Serve it with vLLM", "vllm serve {out}"),
-                (
-                    "Load it in transformers (`pip install compressed-tensors`)",
-                    f'python -c "from transformers import {names}; '
-                    f"AutoModelForImageTextToText.from_pretrained('{{out}}'{config})\"",
-                ),
+def _readme(source: ExportSource, options: ExportOptions) -> Readme:
+    symmetric = is_symmetric(options)
+    config = "" if symmetric else ", quantization_config=CompressedTensorsConfig(dequantize=True)"
+    names = "AutoModelForImageTextToText" + ("" if symmetric else ", CompressedTensorsConfig")
+    return Readme(
+        commands=(
+            ("Serve it with vLLM", "vllm serve {out}"),
+            (
+                "Load it in transformers (`pip install compressed-tensors`)",
+                f'python -c "from transformers import {names}; '
+                f"AutoModelForImageTextToText.from_pretrained('{{out}}'{config})\"",
             ),
-            versions=(
-                "transformers 5.23 with compressed-tensors 0.20: tested on a CPU",
-                "vLLM with compressed-tensors support: not tested",
-            ),
-            defects=() if symmetric else tuple(_defects(source)),
-        )
+        ),
+        versions=(
+            "transformers 5.23 with compressed-tensors 0.20: tested on a CPU",
+            "vLLM with compressed-tensors support: not tested",
+        ),
+        defects=() if symmetric else tuple(_defects(source)),
+    )
 
 
 def _defects(source: ExportSource) -> Iterator[str]:
@@ -114,24 +103,25 @@ def quantization_config(group_size: int, symmetric: bool) -> dict[str, Any]:
     }
 
 
-TARGET = CompressedTensorsTarget()
+TARGET = ExportTarget(
+    "compressed-tensors",
+    "INT4 weights in a LLaVA directory for vLLM (pack-quantized)",
+    precisions={
+        "int4": "4 bits with a scale and a zero point per group (W4A16_ASYM)",
+        "int4-symmetric": "4 bits with a scale per group (W4A16)",
+    },
+    verification=(
+        "bit-exact in an independent reader; loaded on a CPU by transformers 5.23 with compressed-tensors 0.20; "
+        "not tested in vLLM"
+    ),
+    problems=_problems,
+    write=_write,
+    readme=_readme,
+    options=frozenset({"load_awq", "group_size"}),
+)
 
 
 # N outputs  K inputs  G inputs of a group
-
-
-def write_compressed(source: ExportSource, part: Path, group_size: int, symmetric: bool) -> None:
-    """Write decoder Linears in 4 bits, in three or four tensors each, and all other weights in 16 bits."""
-    linears = {f"{name}.weight" for name in source.block_linears()}
-    write_tensors(
-        part,
-        (
-            _int4(name.removesuffix(".weight"), one, source, group_size, symmetric)
-            if one.source_name in linears
-            else one.copied(name, source.half_dtype)
-            for name, one in llava_tensors(source).items()
-        ),
-    )
 
 
 def _int4(stem: str, one: LlavaTensor, source: ExportSource, group_size: int, symmetric: bool) -> StreamedTensors:

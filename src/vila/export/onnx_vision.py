@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vila.core.files import write_json
-from vila.export.base import ExportOptions, Readme
+from vila.export.base import ExportOptions, ExportTarget, Readme
 from vila.export.source import ExportSource
 from vila.model.modeling import build_on_meta
 from vila.model.weights import published_names
@@ -19,53 +19,41 @@ OPSET = 17
 """Version of the ONNX operators of the graph; supported since onnxruntime 1.12 and TensorRT 8.6."""
 GRAPH, PREPROCESSING = "vision.onnx", "vision.json"
 _PARTS = ("vision_tower.", "projector.")
-_PRECISIONS = {"f32": "float32 throughout"}
 
 
-class OnnxVisionTarget:
-    """`vision.onnx`: input `pixels` float32 [N, 3, S, S], output `vectors` float32 [N, P, D]; N is dynamic."""
+def _problems(source: ExportSource, options: ExportOptions) -> list[str]:
+    return []
 
-    name = "onnx"
-    summary = "Vision tower and projector as one ONNX graph, for onnxruntime, TensorRT and others"
-    precisions = _PRECISIONS
-    options: frozenset[str] = frozenset()
-    has_llm = False
-    verification = "run in onnxruntime with several batch sizes; outputs within 1e-4 of the model"
 
-    def problems(self, source: ExportSource, options: ExportOptions) -> list[str]:
-        """Return an empty list: ONNX has the operators of every tower and projector."""
-        return []
+def _write(source: ExportSource, part: Path, options: ExportOptions) -> None:
+    side = source.processor.spec.image_size
+    export_graph(vision_module(source), side, part / GRAPH)
+    facts = {"opset": OPSET, "input": "pixels", "output": "vectors", **source.processor.spec.to_dict()}
+    write_json(part / PREPROCESSING, facts)
 
-    def write(self, source: ExportSource, part: Path, options: ExportOptions) -> None:
-        """Write vision.onnx, and vision.json with the preprocessing; weights over 2 GB go into a separate file."""
-        side = source.processor.spec.image_size
-        export_graph(vision_module(source), side, part / GRAPH)
-        facts = {"opset": OPSET, "input": "pixels", "output": "vectors", **source.processor.spec.to_dict()}
-        write_json(part / PREPROCESSING, facts)
 
-    def readme(self, source: ExportSource, options: ExportOptions) -> Readme:
-        """Return the commands for onnxruntime and TensorRT."""
-        spec = source.processor.spec
-        size = f"3x{spec.image_size}x{spec.image_size}"
-        run = (
-            f"python -c \"import numpy, onnxruntime; run = onnxruntime.InferenceSession('{{out}}/{GRAPH}').run; "
-            f"print(run(None, {{'pixels': numpy.zeros((2, 3, {spec.image_size}, {spec.image_size}), 'float32')}})[0]"
-            '.shape)"'
-        )
-        engine = (
-            f"trtexec --onnx={{out}}/{GRAPH} --saveEngine=vision.engine --fp16 "
-            f"--minShapes=pixels:1x{size} --optShapes=pixels:1x{size} --maxShapes=pixels:8x{size}"
-        )
-        notes = [
-            f"`pixels` are RGB, float32, (value / 255 - mean) / std with the mean {list(spec.mean)} and std "
-            f"{list(spec.std)}; {PREPROCESSING} has these values. Images are made square by `{spec.image_mode}`.",
-            f"`vectors` has {spec.tokens_per_image} embeddings for each image, which replace its placeholder tokens.",
-        ]
-        return Readme(
-            [("Run it", run), ("Build a TensorRT engine", engine)],
-            [f"ONNX operator set {OPSET}", "onnxruntime 1.32: tested", "TensorRT 8.6 and later: not tested"],
-            notes=notes,
-        )
+def _readme(source: ExportSource, options: ExportOptions) -> Readme:
+    spec = source.processor.spec
+    size = f"3x{spec.image_size}x{spec.image_size}"
+    run = (
+        f"python -c \"import numpy, onnxruntime; run = onnxruntime.InferenceSession('{{out}}/{GRAPH}').run; "
+        f"print(run(None, {{'pixels': numpy.zeros((2, 3, {spec.image_size}, {spec.image_size}), 'float32')}})[0]"
+        '.shape)"'
+    )
+    engine = (
+        f"trtexec --onnx={{out}}/{GRAPH} --saveEngine=vision.engine --fp16 "
+        f"--minShapes=pixels:1x{size} --optShapes=pixels:1x{size} --maxShapes=pixels:8x{size}"
+    )
+    notes = [
+        f"`pixels` are RGB, float32, (value / 255 - mean) / std with the mean {list(spec.mean)} and std "
+        f"{list(spec.std)}; {PREPROCESSING} has these values. Images are made square by `{spec.image_mode}`.",
+        f"`vectors` has {spec.tokens_per_image} embeddings for each image, which replace its placeholder tokens.",
+    ]
+    return Readme(
+        [("Run it", run), ("Build a TensorRT engine", engine)],
+        [f"ONNX operator set {OPSET}", "onnxruntime 1.32: tested", "TensorRT 8.6 and later: not tested"],
+        notes=notes,
+    )
 
 
 def vision_module(source: ExportSource) -> nn.Module:
@@ -122,4 +110,13 @@ def export_graph(module: nn.Module, side: int, path: Path) -> None:
     onnx.checker.check_model(path)
 
 
-TARGET = OnnxVisionTarget()
+TARGET = ExportTarget(
+    "onnx",
+    "Vision tower and projector as one ONNX graph, for onnxruntime, TensorRT and others",
+    precisions={"f32": "float32 throughout"},
+    verification="run in onnxruntime with several batch sizes; outputs within 1e-4 of the model",
+    problems=_problems,
+    write=_write,
+    readme=_readme,
+    has_llm=False,
+)

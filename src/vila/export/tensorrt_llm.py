@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from vila import __version__
 from vila.core.files import write_json
 from vila.core.reading import read_json
-from vila.export.base import ExportOptions, Readme, choose_group_size, group_size_problems, int4_problems
+from vila.export.base import ExportOptions, ExportTarget, Readme, choose_group_size, group_size_problems, int4_problems
 from vila.export.source import LLM, ExportSource, StreamedTensors, write_tensors
 from vila.kernels.packings import pack_modelopt
 from vila.model.layouts import llava_v1, tower_files, vila_v15
@@ -28,71 +28,82 @@ from vila.model.layouts.tokenizer_files import write_tokenizer
 GROUPS = (64, 128)
 """Group sizes of its INT4 kernels."""
 TOWERS = ("clip_vision_model", "siglip_vision_model")
-_PRECISIONS = {
-    "int4": "symmetric 4-bit weights with group scales (W4A16_AWQ), 16 bits elsewhere",
-    "16-bit": "bfloat16 for a bfloat16 model, else float16",
-}
 
 
-class TensorRtLlmTarget:
-    """config.json, hf_quant_config.json and three folders."""
-
-    name = "tensorrt-llm"
-    summary = "VILA's three folders for TensorRT-LLM 1.x, INT4 in the format of ModelOpt"
-    precisions = _PRECISIONS
-    options = frozenset({"load_awq", "group_size"})
-    has_llm = True
-    verification = "bit-exact in an independent reader; not tested in TensorRT-LLM"
-
-    def problems(self, source: ExportSource, options: ExportOptions) -> list[str]:
-        """Return the reasons why TensorRT-LLM's VILA does not support tower, projector or group size."""
-
-        config, out = source.config, []
-        if config.vision_config.model_type not in TOWERS:
-            out.append(
-                f"vision tower {config.vision_config.model_type} is not supported; supported: CLIP and SigLIP "
-                "(for the LLM alone: --format tensorrt-llm-legacy)"
-            )
-        if not re.fullmatch(r"linear|mlp_downsample|mlp\d+x_gelu", config.projector_type):
-            out.append(
-                f"projector {config.projector_type} is not supported; supported: linear, mlp_downsample and mlpNx_gelu "
-                "(for the LLM alone: --format tensorrt-llm-legacy)"
-            )
-        if options.precision == "int4":
-            out += int4_problems(source, options, symmetric=True, outputs=2, groups=GROUPS)
-        else:
-            out += group_size_problems(options)
-        return out
-
-    def write(self, source: ExportSource, part: Path, options: ExportOptions) -> None:
-        """Write the three folders, weight by weight."""
-        write_folders(source, part, choose_group_size(source, options) if options.precision == "int4" else None)
-
-    def readme(self, source: ExportSource, options: ExportOptions) -> Readme:
-        """Return the commands for TensorRT-LLM, and its differences from VILA."""
-        return Readme(
-            commands=(
-                ("Serve the model", "trtllm-serve {out} --backend pytorch"),
-                ("Serve the LLM alone", "trtllm-serve {out}/llm --backend pytorch"),
-            ),
-            versions=("TensorRT-LLM 1.x, PyTorch backend: not tested",),
-            defects=(
-                "TensorRT-LLM selects the chat template by the directory name (`vila1.5-3b` and similar names). With "
-                "other names it uses the chat template of the tokenizer, which is the correct one here.",
-                "It inserts a newline after every image; VILA-1.0 and some other models were trained without it.",
-                "Its INT4 loader requires a `pre_quant_scale` for o_proj and down_proj; all scales are folded into the "
-                "weights, so these are ones.",
-            ),
-            notes=(
-                "Weights are quantized to symmetric INT4; this format cannot store an asymmetric AWQ result.",
-                "Supported group sizes: 64 and 128.",
-            )
-            if options.precision == "int4"
-            else (),
+def _problems(source: ExportSource, options: ExportOptions) -> list[str]:
+    config, out = source.config, []
+    if config.vision_config.model_type not in TOWERS:
+        out.append(
+            f"vision tower {config.vision_config.model_type} is not supported; supported: CLIP and SigLIP "
+            "(for the LLM alone: --format tensorrt-llm-legacy)"
         )
+    if not re.fullmatch(r"linear|mlp_downsample|mlp\d+x_gelu", config.projector_type):
+        out.append(
+            f"projector {config.projector_type} is not supported; supported: linear, mlp_downsample and mlpNx_gelu "
+            "(for the LLM alone: --format tensorrt-llm-legacy)"
+        )
+    if options.precision == "int4":
+        out += int4_problems(source, options, symmetric=True, outputs=2, groups=GROUPS)
+    else:
+        out += group_size_problems(options)
+    return out
 
 
-TARGET = TensorRtLlmTarget()
+def _write(source: ExportSource, part: Path, options: ExportOptions) -> None:
+    group_size = choose_group_size(source, options) if options.precision == "int4" else None
+    _write_llm(source, part / "llm", group_size)
+    _write_tower(source, part / "vision_tower")
+    _write_projector(source, part / "mm_projector")
+    config = copy.deepcopy(source.config)
+    config.dtype = source.half_dtype
+    facts = vila_v15.vila_v15_config(config, source.processor)
+    for name, key in vila_v15.PART_FOLDERS.items():
+        # TensorRT-LLM takes the folder's name from this key.
+        facts[key] = {**read_json(part / name / "config.json"), "_name_or_path": name}
+    # Without this key TensorRT-LLM initialises the projector randomly.
+    facts["resume_path"] = "."
+    if group_size is not None:
+        facts["quantization_config"] = quantization_config(group_size, IGNORE)
+        write_json(part / QUANT_CONFIG, quant_config(group_size, IGNORE), indent=2)
+    write_json(part / "config.json", facts, indent=2)
+
+
+def _readme(source: ExportSource, options: ExportOptions) -> Readme:
+    return Readme(
+        commands=(
+            ("Serve the model", "trtllm-serve {out} --backend pytorch"),
+            ("Serve the LLM alone", "trtllm-serve {out}/llm --backend pytorch"),
+        ),
+        versions=("TensorRT-LLM 1.x, PyTorch backend: not tested",),
+        defects=(
+            "TensorRT-LLM selects the chat template by the directory name (`vila1.5-3b` and similar names). With "
+            "other names it uses the chat template of the tokenizer, which is the correct one here.",
+            "It inserts a newline after every image; VILA-1.0 and some other models were trained without it.",
+            "Its INT4 loader requires a `pre_quant_scale` for o_proj and down_proj; all scales are folded into the "
+            "weights, so these are ones.",
+        ),
+        notes=(
+            "Weights are quantized to symmetric INT4; this format cannot store an asymmetric AWQ result.",
+            "Supported group sizes: 64 and 128.",
+        )
+        if options.precision == "int4"
+        else (),
+    )
+
+
+TARGET = ExportTarget(
+    "tensorrt-llm",
+    "VILA's three folders for TensorRT-LLM 1.x, INT4 in the format of ModelOpt",
+    precisions={
+        "int4": "symmetric 4-bit weights with group scales (W4A16_AWQ), 16 bits elsewhere",
+        "16-bit": "bfloat16 for a bfloat16 model, else float16",
+    },
+    verification="bit-exact in an independent reader; not tested in TensorRT-LLM",
+    problems=_problems,
+    write=_write,
+    readme=_readme,
+    options=frozenset({"load_awq", "group_size"}),
+)
 
 
 # INT4 in the format of NVIDIA ModelOpt: the tensors of a Linear, and the two configs.
@@ -155,25 +166,6 @@ def _int4_linear(source: ExportSource, name: str, stem: str, group_size: int) ->
 
 _UNFUSED = ("o_proj", "down_proj")
 IGNORE = ("lm_head", "*vision_tower*", "*mm_projector*")
-
-
-def write_folders(source: ExportSource, part: Path, group_size: int | None) -> None:
-    """Write config.json, llm/, vision_tower/ and mm_projector/. group_size: None for 16 bits."""
-    _write_llm(source, part / "llm", group_size)
-    _write_tower(source, part / "vision_tower")
-    _write_projector(source, part / "mm_projector")
-    config = copy.deepcopy(source.config)
-    config.dtype = source.half_dtype
-    facts = vila_v15.vila_v15_config(config, source.processor)
-    for name, key in vila_v15.PART_FOLDERS.items():
-        # TensorRT-LLM takes the folder's name from this key.
-        facts[key] = {**read_json(part / name / "config.json"), "_name_or_path": name}
-    # Without this key TensorRT-LLM initialises the projector randomly.
-    facts["resume_path"] = "."
-    if group_size is not None:
-        facts["quantization_config"] = quantization_config(group_size, IGNORE)
-        write_json(part / QUANT_CONFIG, quant_config(group_size, IGNORE), indent=2)
-    write_json(part / "config.json", facts, indent=2)
 
 
 def _write_llm(source: ExportSource, folder: Path, group_size: int | None) -> None:

@@ -13,77 +13,64 @@ from torch import Tensor
 
 from vila import __version__
 from vila.core.files import write_json
-from vila.export.base import ExportOptions, Readme, choose_group_size, group_size_problems, int4_problems
+from vila.export.base import ExportOptions, ExportTarget, Readme, choose_group_size, group_size_problems, int4_problems
 from vila.export.source import LLM, ExportSource, SafetensorsWriter
 from vila.families import FAMILIES, head_width, rope_parameters
 from vila.kernels.packings import pack_modelopt
 
 GROUPS = (64, 128)
-_PRECISIONS = {"int4": "symmetric 4-bit weights with group scales (W4A16_AWQ), float16 elsewhere", "float16": "float16"}
 
 
-class TensorRtLlmLegacyTarget:
-    """config.json and rank0.safetensors, rank1.safetensors ..."""
+def _problems(source: ExportSource, options: ExportOptions) -> list[str]:
+    out = list(_family_reasons(source))
+    if options.precision != "int4":
+        out += group_size_problems(options)
+    elif not out:
+        out += int4_problems(source, options, symmetric=True, outputs=2, groups=GROUPS)
+    return out or rank_problems(source, options)
 
-    name = "tensorrt-llm-legacy"
-    summary = "The LLM for TensorRT-LLM's trtllm-build, as in VILA's demo, one file per rank"
-    precisions = _PRECISIONS
-    options = frozenset({"load_awq", "group_size", "tp_size"})
-    has_llm = True
-    verification = "bit-exact in an independent reader that joins the ranks; not tested in TensorRT-LLM"
 
-    def problems(self, source: ExportSource, options: ExportOptions) -> list[str]:
-        """Return the reasons why the format does not support the LLM's family, position type or sizes."""
+def _write(source: ExportSource, part: Path, options: ExportOptions) -> None:
+    group_size = choose_group_size(source, options) if options.precision == "int4" else None
+    config = checkpoint_config(source, group_size, options.tp_size)
+    write_json(part / "config.json", config, indent=2)
+    write_ranks(source, part, group_size, options.tp_size)
 
-        out = list(_family_reasons(source))
-        if options.precision != "int4":
-            out += group_size_problems(options)
-        elif not out:
-            out += int4_problems(source, options, symmetric=True, outputs=2, groups=GROUPS)
-        return out or rank_problems(source, options)
 
-    def write(self, source: ExportSource, part: Path, options: ExportOptions) -> None:
-        """Write config.json, then every weight, sharded for all ranks."""
-        group_size = choose_group_size(source, options) if options.precision == "int4" else None
-        config = checkpoint_config(source, group_size, options.tp_size)
-        write_json(part / "config.json", config, indent=2)
-        write_ranks(source, part, group_size, options.tp_size)
-
-    def readme(self, source: ExportSource, options: ExportOptions) -> Readme:
-        """Return the commands that build the engines and run the multimodal example."""
-        tokens, ranks = source.processor.spec.tokens_per_image, options.tp_size
-        mpi = "" if ranks == 1 else f"mpirun -n {ranks} "
-        build = (
-            "trtllm-build --checkpoint_dir {out} --output_dir engines/llm \\\n"
-            "    --gemm_plugin float16 --max_batch_size 1 --max_input_len 2048 --max_seq_len 2560 \\\n"
-            f"    --max_multimodal_len {tokens}{'' if ranks == 1 else f' --workers {ranks}'}"
-        )
-        vision = (
-            '# MODEL-vila: `vila convert MODEL MODEL-vila --layout vila-v15`; its name must contain "vila".\n'
-            "python examples/multimodal/build_multimodal_engine.py --model_type vila \\\n"
-            "    --model_path MODEL-vila --vila_path VILA --output_dir engines/vision"
-        )
-        ask = (
-            f"{mpi}python examples/multimodal/run.py --max_new_tokens 100 --hf_model_dir MODEL-vila \\\n"
-            "    --visual_engine_dir engines/vision --llm_engine_dir engines/llm \\\n"
-            '    --image_path a.jpg,b.jpg --input_text "<image>\\n<image>\\n What differs?"'
-        )
-        return Readme(
-            commands=(
-                ("Build the engine of the LLM", build),
-                ("Build the engine of tower and projector (VILA is a checkout of the original code)", vision),
-                ("Run a prompt", ask),
-            ),
-            versions=("TensorRT-LLM 0.9 to 0.2x with trtllm-build: not tested",),
-            defects=(
-                "INT4 engines cannot be built with `--use_fused_mlp=enable`.",
-                'The multimodal example recognises VILA by the directory name, which must contain "vila" or "VILA".',
-            ),
-            notes=(
-                f"--max_multimodal_len is the batch size times {tokens} tokens per image; raise it for several images.",
-                "These files do not contain tower and projector.",
-            ),
-        )
+def _readme(source: ExportSource, options: ExportOptions) -> Readme:
+    tokens, ranks = source.processor.spec.tokens_per_image, options.tp_size
+    mpi = "" if ranks == 1 else f"mpirun -n {ranks} "
+    build = (
+        "trtllm-build --checkpoint_dir {out} --output_dir engines/llm \\\n"
+        "    --gemm_plugin float16 --max_batch_size 1 --max_input_len 2048 --max_seq_len 2560 \\\n"
+        f"    --max_multimodal_len {tokens}{'' if ranks == 1 else f' --workers {ranks}'}"
+    )
+    vision = (
+        '# MODEL-vila: `vila convert MODEL MODEL-vila --layout vila-v15`; its name must contain "vila".\n'
+        "python examples/multimodal/build_multimodal_engine.py --model_type vila \\\n"
+        "    --model_path MODEL-vila --vila_path VILA --output_dir engines/vision"
+    )
+    ask = (
+        f"{mpi}python examples/multimodal/run.py --max_new_tokens 100 --hf_model_dir MODEL-vila \\\n"
+        "    --visual_engine_dir engines/vision --llm_engine_dir engines/llm \\\n"
+        '    --image_path a.jpg,b.jpg --input_text "<image>\\n<image>\\n What differs?"'
+    )
+    return Readme(
+        commands=(
+            ("Build the engine of the LLM", build),
+            ("Build the engine of tower and projector (VILA is a checkout of the original code)", vision),
+            ("Run a prompt", ask),
+        ),
+        versions=("TensorRT-LLM 0.9 to 0.2x with trtllm-build: not tested",),
+        defects=(
+            "INT4 engines cannot be built with `--use_fused_mlp=enable`.",
+            'The multimodal example recognises VILA by the directory name, which must contain "vila" or "VILA".',
+        ),
+        notes=(
+            f"--max_multimodal_len is the batch size times {tokens} tokens per image; raise it for several images.",
+            "These files do not contain tower and projector.",
+        ),
+    )
 
 
 def _family_reasons(source: ExportSource) -> list[str]:
@@ -103,7 +90,19 @@ def _family_reasons(source: ExportSource) -> list[str]:
     return out
 
 
-TARGET = TensorRtLlmLegacyTarget()
+TARGET = ExportTarget(
+    "tensorrt-llm-legacy",
+    "The LLM for TensorRT-LLM's trtllm-build, as in VILA's demo, one file per rank",
+    precisions={
+        "int4": "symmetric 4-bit weights with group scales (W4A16_AWQ), float16 elsewhere",
+        "float16": "float16",
+    },
+    verification="bit-exact in an independent reader that joins the ranks; not tested in TensorRT-LLM",
+    problems=_problems,
+    write=_write,
+    readme=_readme,
+    options=frozenset({"load_awq", "group_size", "tp_size"}),
+)
 
 
 def checkpoint_config(source: ExportSource, group_size: int | None, ranks: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vila.export.base import ExportOptions, Readme, full_precision_problems
+from vila.export.base import ExportOptions, ExportTarget, Readme, full_precision_problems
 from vila.export.gguf_llm import BYTE, CONTROL, UNKNOWN, build_vocabulary
 from vila.export.source import CHUNK_BYTES, LLM, ExportSource
 from vila.families import head_width, rope_parameters
@@ -38,58 +38,41 @@ _TOWER = {
     "patch_size": 14,
 }
 _BLOCKS, _EPSILON = 23, 1e-5
-_PRECISIONS = {
-    "qm_x86": "INT4 with group size 32, packed for x86",
-    "qm_arm": "INT4 with group size 32, packed for Arm",
-    "qm_cuda": "INT4 with group size 128, packed for CUDA",
-    "fp32": "float32",
-}
 
 
-class TinyChatEngineTarget:
-    """LLM in float32 or INT4, tower and projector in float32, vocabulary."""
+def _problems(source: ExportSource, options: ExportOptions) -> list[str]:
+    reasons = [*llm_problems(source.config.text_config), *full_precision_problems(source)]
+    reasons += vision_problems(source.config)
+    if not source.processor.span_tokenizer.dummy_prefix:
+        reasons.append("the tokenizer is not supported; supported: SentencePiece of LLaMA")
+    return reasons
 
-    name = "tinychatengine"
-    summary = "Raw arrays for TinyChatEngine on x86, Arm and CUDA"
-    precisions = _PRECISIONS
-    options = frozenset({"load_awq"})
-    has_llm = True
-    verification = "bit-exact in an independent reader; not tested in TinyChatEngine"
 
-    def problems(self, source: ExportSource, options: ExportOptions) -> list[str]:
-        """Return the reasons why TinyChatEngine does not support the model, whose sizes and modules it compiles in."""
-        reasons = [*llm_problems(source.config.text_config), *full_precision_problems(source)]
-        reasons += vision_problems(source.config)
-        if not source.processor.span_tokenizer.dummy_prefix:
-            reasons.append("the tokenizer is not supported; supported: SentencePiece of LLaMA")
-        return reasons
+def _write(source: ExportSource, part: Path, options: ExportOptions) -> None:
+    root = part if options.precision == "fp32" else part / "INT4"
+    write_llm(source, root / "models" / NAME, options.precision)
+    write_vision(source, part / "models" / "CLIP_ViT_Large", _BLOCKS)
+    write_vocabulary(source, part / "models" / "llama_vocab.bin")
 
-    def write(self, source: ExportSource, part: Path, options: ExportOptions) -> None:
-        """Write models/ and, for INT4, INT4/models/."""
-        root = part if options.precision == "fp32" else part / "INT4"
-        write_llm(source, root / "models" / NAME, options.precision)
-        write_vision(source, part / "models" / "CLIP_ViT_Large", _BLOCKS)
-        write_vocabulary(source, part / "models" / "llama_vocab.bin")
 
-    def readme(self, source: ExportSource, options: ExportOptions) -> Readme:
-        """Return the commands for TinyChatEngine."""
-        kind = "FP32" if options.precision == "fp32" else "INT4"
-        commands = [
-            ("Copy it into TinyChatEngine", "cp -r {out}/. TinyChatEngine/llm/"),
-            ("Build and run", f"cd TinyChatEngine/llm\nmake chat -j\n./chat {NAME} {kind} 4 photo.png"),
-        ]
-        defects = [
-            "TinyChatEngine uses its own prompt, which begins with `This is a chat between a user and an assistant.`, "
-            "and temperature 0.2; the model was trained and evaluated with other settings.",
-            "It normalises all three colour channels with the mean and standard deviation of red.",
-        ]
-        notes = [
-            "INT4 is TinyChatEngine's own symmetric quantization; `--load-awq` folds AWQ scales into the weights.",
-            "TinyChatEngine has the sizes compiled in: 32 blocks of width 4096, CLIP-L/336, a two-layer projector.",
-        ]
-        if options.precision == "qm_cuda":
-            notes.append("No VILA for CUDA was published for TinyChatEngine; these files follow its converter.")
-        return Readme(commands, ["TinyChatEngine of 2024: not tested"], defects, notes)
+def _readme(source: ExportSource, options: ExportOptions) -> Readme:
+    kind = "FP32" if options.precision == "fp32" else "INT4"
+    commands = [
+        ("Copy it into TinyChatEngine", "cp -r {out}/. TinyChatEngine/llm/"),
+        ("Build and run", f"cd TinyChatEngine/llm\nmake chat -j\n./chat {NAME} {kind} 4 photo.png"),
+    ]
+    defects = [
+        "TinyChatEngine uses its own prompt, which begins with `This is a chat between a user and an assistant.`, "
+        "and temperature 0.2; the model was trained and evaluated with other settings.",
+        "It normalises all three colour channels with the mean and standard deviation of red.",
+    ]
+    notes = [
+        "INT4 is TinyChatEngine's own symmetric quantization; `--load-awq` folds AWQ scales into the weights.",
+        "TinyChatEngine has the sizes compiled in: 32 blocks of width 4096, CLIP-L/336, a two-layer projector.",
+    ]
+    if options.precision == "qm_cuda":
+        notes.append("No VILA for CUDA was published for TinyChatEngine; these files follow its converter.")
+    return Readme(commands, ["TinyChatEngine of 2024: not tested"], defects, notes)
 
 
 def llm_problems(config: Any) -> list[str]:
@@ -136,7 +119,21 @@ def _different_sizes(name: str, config: Any, supported: Mapping[str, int]) -> li
     ]
 
 
-TARGET = TinyChatEngineTarget()
+TARGET = ExportTarget(
+    "tinychatengine",
+    "Raw arrays for TinyChatEngine on x86, Arm and CUDA",
+    precisions={
+        "qm_x86": "INT4 with group size 32, packed for x86",
+        "qm_arm": "INT4 with group size 32, packed for Arm",
+        "qm_cuda": "INT4 with group size 128, packed for CUDA",
+        "fp32": "float32",
+    },
+    verification="bit-exact in an independent reader; not tested in TinyChatEngine",
+    problems=_problems,
+    write=_write,
+    readme=_readme,
+    options=frozenset({"load_awq"}),
+)
 
 
 # O outputs  I inputs  G inputs of a group
@@ -182,7 +179,7 @@ def write_llm(source: ExportSource, folder: Path, precision: str) -> None:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             _write_floats(source, f"{LLM}model.layers.{index}.{norm}.weight", layer / norm / "weight.bin")
         for name, values in constants.items():
-            _write(values, layer / "self_attn" / f"{name}{suffix}")
+            _write_array(values, layer / "self_attn" / f"{name}{suffix}")
     for name in source.block_linears():
         _, _, index_, inside = name.removeprefix(LLM).split(".", 3)
         target = decoder / f"layer{index_}" / inside.removeprefix("mlp.").replace(".", "/")
@@ -199,7 +196,7 @@ def write_vision(source: ExportSource, folder: Path, blocks: int) -> None:
         _write_floats(source, _TOWER_PREFIX + name, folder / target)
     kernel = source.read(f"{_TOWER_PREFIX}embeddings.patch_embedding.weight", torch.float32)
     # TinyChatEngine's pixels are [height, width, channel].
-    _write(kernel.permute(0, 2, 3, 1), folder / "embeddings" / "patch_embedding" / "weight.bin")
+    _write_array(kernel.permute(0, 2, 3, 1), folder / "embeddings" / "patch_embedding" / "weight.bin")
     alpha = torch.tensor([1 / math.sqrt(config.hidden_size // config.num_attention_heads)])
     for index in range(blocks):
         layer = folder / "encoder" / f"layer{index}"
@@ -208,13 +205,13 @@ def write_vision(source: ExportSource, folder: Path, blocks: int) -> None:
             inside, leaf = name.removeprefix(begin).rsplit(".", 1)
             module = inside.replace("mlp.", "mlp_").replace(".", "/")
             _write_floats(source, name, layer / module / f"{leaf}.bin")
-        _write(alpha, layer / "self_attn" / "qk_bmm" / "alpha.bin")
+        _write_array(alpha, layer / "self_attn" / "qk_bmm" / "alpha.bin")
     for index in (0, 2):
         for leaf in ("weight", "bias"):
             _write_floats(source, f"projector.{index}.{leaf}", folder / f"mm_projector_{index}" / f"{leaf}.bin")
     spec = source.processor.spec
     for key, values in (("image_mean", spec.mean), ("image_std", spec.std)):
-        _write(torch.tensor(values), folder / "image_processor" / f"{key}.bin")
+        _write_array(torch.tensor(values), folder / "image_processor" / f"{key}.bin")
 
 
 def write_vocabulary(source: ExportSource, path: Path) -> None:
@@ -273,7 +270,7 @@ def _write_int4(source: ExportSource, name: str, folder: Path, precision: str) -
                     stream.write(tensor.contiguous().numpy().data)
 
 
-def _write(values: Tensor, path: Path) -> None:
+def _write_array(values: Tensor, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(values.contiguous().numpy().tobytes())
 
