@@ -23,7 +23,7 @@ from vila.core.progress import SILENT, Events
 from vila.core.types import Image, MediaRef, Sample, Video
 from vila.core.vision_spec import ImageMode, VisionSpec
 from vila.data.bad_samples import RecordLocation
-from vila.data.formats.base import FORMATS, RecordSource
+from vila.data.formats.base import FORMATS
 from vila.data.mixture import Mixture, MixtureDataset, Permutation, Source
 from vila.data.packing import Pixels
 from vila.media.image import open_image
@@ -271,9 +271,9 @@ def open_dataset(entry: DatasetEntry, events: Events = SILENT) -> Source:
     """
     file = Path(entry.path)
     root = Path(entry.image_root) if entry.image_root else (file if file.is_dir() else file.parent)
-    source: Source = FORMATS[entry.format].open(file, root, events, **entry.options)
-    if isinstance(source, RecordSource):
-        source.check_format(entry.format)
+    records = FORMATS[entry.format].open(file, root, events, **entry.options)
+    records.check_format(entry.format)
+    source: Source = records
     if entry.val_fraction:
         source = Split(source, entry.val_fraction, entry.split == "val")
     return source if entry.max_samples is None else Subset(source, entry.max_samples)

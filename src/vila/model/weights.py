@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -46,31 +46,12 @@ SAFETENSORS_DTYPES = {
 """Dtypes by their names in .safetensors files."""
 
 
-class WeightFile(Protocol):
-    """A file of named tensors."""
-
-    @property
-    def path(self) -> Path:
-        """Path of the file."""
-
-    @property
-    def is_mapped(self) -> bool:
-        """Whether all tensors are guaranteed to be views of the mapped file, so that its pages can be released."""
-
-    @property
-    def tensor_specs(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
-        """Shape and dtype of every tensor, without reading it."""
-
-    def open(self) -> Any:
-        """Return a context manager that yields a function from a name to its tensor.
-
-        The file stays mapped as long as a tensor uses it.
-        """
-
-
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """A .safetensors file."""
+    """A .safetensors file.
+
+    is_mapped: whether all tensors are guaranteed to be views of the mapped file, so that its pages can be released.
+    """
 
     path: Path
     # safetensors does not guarantee views of the file; reopening it is cheap.
@@ -93,7 +74,10 @@ class SafetensorsFile:
 
     @contextmanager
     def open(self) -> Iterator[ReadTensor]:
-        """Return a context manager that yields a function from a name to its tensor."""
+        """Return a context manager that yields a function from a name to its tensor.
+
+        The file stays mapped as long as a tensor uses it.
+        """
         with self._open() as file:
             yield file.get_tensor
 
@@ -120,7 +104,7 @@ class TorchFile:
 
     @contextmanager
     def open(self) -> Iterator[ReadTensor]:
-        """Return a context manager that yields a function from a name to its tensor."""
+        """Return a context manager as that of `SafetensorsFile`."""
         content = self._content
         mapping = content.map()
         yield lambda name: content.value[name].read(mapping)
@@ -142,6 +126,9 @@ class TorchFile:
                     "", file=self.path, field=str(name), value=type(value).__name__, expected="a named tensor"
                 )
         return content
+
+
+WeightFile = SafetensorsFile | TorchFile
 
 
 @dataclass(frozen=True)

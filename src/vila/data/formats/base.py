@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,24 +20,61 @@ from vila.core.registry import Registry
 from vila.core.types import Image, Message, Part, Role, Sample, Text, Video
 from vila.data.bad_samples import RecordLocation
 from vila.data.formats.detect import EXTENSIONS, Guess, guess_members, guess_record
-from vila.data.mixture import Source
 from vila.data.readers.index import open_index
 from vila.data.readers.media_refs import Keys, key_path, value_at
 from vila.data.readers.parquet import schema_record
 from vila.data.readers.records import ParquetRecords, Record, RecordFile, open_records, unread_media
 from vila.data.readers.tar import COMPRESSED
 
+Options = TypeVar("Options")
+Keep = tuple[str, Callable[[Record], bool]]
 
-class DatasetFormat(Protocol):
-    """A dataset format: opens files as a source of samples."""
 
-    def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: Any) -> Source:
+@dataclass(frozen=True, slots=True)
+class NoOptions:
+    """Options of a format without options."""
+
+
+@dataclass(frozen=True)
+class DatasetFormat:
+    """A dataset format: makes a sample of each record of its files, whose extensions are in `EXTENSIONS`.
+
+    name, summary: key in `FORMATS`, and a line for the documentation.
+    convert:       function (record, root, options) that makes the sample of a record; raises DataError. Picklable.
+    options:       dataclass of the options.
+    columns:       columns of parquet files that `convert` needs; empty for all. Or a function of the options.
+    media:         keys or columns that `convert` reads media from; or a function (record, options), picklable.
+    keep:          name and predicate of the records that are not left out, None to keep all; a function of the options.
+    check:         checks the options; raises VilaError.
+    """
+
+    name: str
+    summary: str
+    convert: Callable[..., Sample]
+    options: type[Any] = NoOptions
+    columns: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()
+    media: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
+    keep: Callable[[Any], Keep | None] = lambda options: None
+    check: Callable[[Any], None] = lambda options: None
+
+    def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: Any) -> RecordSource:
         """Open a file, a directory of shards or a pattern (`shards/*.tar`).
 
         events: receives the progress of indexing, which each file needs once.
         options: those of the recipe's entry; an unknown option is a ConfigError that lists the known ones.
         The source raises DataError with file, record, field and value for a record that is not valid.
         """
+        chosen = read_options(self.options, options, self.name)
+        self.check(chosen)
+        return RecordSource(
+            path,
+            partial(self.convert, root=image_root, options=chosen),
+            kinds=EXTENSIONS[self.name],
+            columns=self.columns(chosen) if callable(self.columns) else self.columns,
+            events=events,
+            keep=self.keep(chosen),
+            media=partial(self.media, options=chosen) if callable(self.media) else self.media,
+        )
 
 
 FORMATS: Registry[DatasetFormat] = Registry(
@@ -62,51 +99,6 @@ ALL = (".tar", ".parquet", ".jsonl", ".json")
 _FILES_CHECKED = 64
 _RECORDS_CHECKED = 8
 _TABLES = (".csv", ".tsv", ".xlsx")
-
-Options = TypeVar("Options")
-Keep = tuple[str, Callable[[Record], bool]]
-
-
-@dataclass(frozen=True, slots=True)
-class NoOptions:
-    """Options of a format without options."""
-
-
-@dataclass(frozen=True)
-class RecordFormat:
-    """A `DatasetFormat` that makes a sample of each record of its files, whose extensions are in `EXTENSIONS`.
-
-    name, summary: key in `FORMATS`, and a line for the documentation.
-    convert:       function (record, root, options) that makes the sample of a record; raises DataError. Picklable.
-    options:       dataclass of the options.
-    columns:       columns of parquet files that `convert` needs; empty for all. Or a function of the options.
-    media:         keys or columns that `convert` reads media from; or a function (record, options), picklable.
-    keep:          name and predicate of the records that are not left out, None to keep all; a function of the options.
-    check:         checks the options; raises VilaError.
-    """
-
-    name: str
-    summary: str
-    convert: Callable[..., Sample]
-    options: type[Any] = NoOptions
-    columns: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()
-    media: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
-    keep: Callable[[Any], Keep | None] = lambda options: None
-    check: Callable[[Any], None] = lambda options: None
-
-    def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: Any) -> RecordSource:
-        """Open a file, all files of a directory or of a pattern. Raises ConfigError for wrong options."""
-        chosen = read_options(self.options, options, self.name)
-        self.check(chosen)
-        return RecordSource(
-            path,
-            partial(self.convert, root=image_root, options=chosen),
-            kinds=EXTENSIONS[self.name],
-            columns=self.columns(chosen) if callable(self.columns) else self.columns,
-            events=events,
-            keep=self.keep(chosen),
-            media=partial(self.media, options=chosen) if callable(self.media) else self.media,
-        )
 
 
 class RecordSource:

@@ -10,8 +10,8 @@ from pathlib import Path
 from vila.core.types import Sample
 from vila.data.formats.base import (
     IMAGE_MARKER,
+    DatasetFormat,
     NoOptions,
-    RecordFormat,
     answer_at,
     id_of,
     list_at,
@@ -36,7 +36,7 @@ def sample_of(record: Record, root: Path, options: NoOptions) -> Sample:
     return Sample(id_of(record), question_answers(texts, images))
 
 
-FORMAT = RecordFormat(
+FORMAT = DatasetFormat(
     "cauldron",
     "The Cauldron, FineVision: `images` and `texts` of {`user`, `assistant`}; parquet or JSON.",
     sample_of,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vila.core.types import Sample, Text
-from vila.data.formats.base import RecordFormat, caption_of, page_sample
+from vila.data.formats.base import DatasetFormat, caption_of, page_sample
 from vila.data.readers.records import Record, image_at, member_image
 
 
@@ -39,7 +39,7 @@ def _media_keys(record: Record, options: CoyoOptions) -> tuple[str, ...]:
     return (options.image,)
 
 
-FORMAT = RecordFormat(
+FORMAT = DatasetFormat(
     "coyo",
     "COYO image-text pairs: tar shards of KEY.jpg and KEY.txt, or parquet with `image` and `text` or `caption`.",
     sample_of,

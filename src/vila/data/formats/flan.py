@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vila.core.types import Message, Sample
-from vila.data.formats.base import NoOptions, RecordFormat, answer_at, id_of, text_at
+from vila.data.formats.base import DatasetFormat, NoOptions, answer_at, id_of, text_at
 from vila.data.readers.records import Record
 
 _QUESTIONS, _ANSWERS = ("question", "inputs"), ("answer", "targets")
@@ -17,7 +17,7 @@ def sample_of(record: Record, root: Path, options: NoOptions) -> Sample:
     return Sample(id_of(record), (Message.of("user", question), Message.of("assistant", answer)))
 
 
-FORMAT = RecordFormat(
+FORMAT = DatasetFormat(
     "flan",
     "FLAN: text-only `question` and `answer`, or `inputs` and `targets`; parquet or JSON.",
     sample_of,

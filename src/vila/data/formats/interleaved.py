@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.types import Part, Sample, Text
-from vila.data.formats.base import RecordFormat, list_at, page_sample
+from vila.data.formats.base import DatasetFormat, list_at, page_sample
 from vila.data.readers.records import Record, image_at
 
 
@@ -54,7 +54,7 @@ def _is_null(image: Any) -> bool:
     return image is None or (isinstance(image, dict) and not any(value is not None for value in image.values()))
 
 
-FORMAT = RecordFormat(
+FORMAT = DatasetFormat(
     "interleaved",
     "OBELICS, OmniCorpus, MINT-1T: parallel lists `texts` and `images` of a page; parquet or JSON.",
     sample_of,

@@ -14,7 +14,7 @@ from vila.core.types import Message, Part, Role, Sample, Video
 from vila.data.formats.base import (
     IMAGE_MARKER,
     VIDEO_MARKER,
-    RecordFormat,
+    DatasetFormat,
     check_turns,
     conversation_turns,
     id_of,
@@ -117,5 +117,5 @@ def _spread(text: str) -> str:
 
 sample_v1, sample_v15 = partial(sample_of, normalise=normalise_v1), partial(sample_of, normalise=normalise_v15)
 _SUMMARY = "LLaVA: `conversations` of `from` and `value`, with `image` or `video`; JSON. Image markers as in VILA"
-FORMAT = RecordFormat("llava_json", f"{_SUMMARY} 1.0.", sample_v1, LlavaOptions, media=MEDIA_KEYS)
-V15_FORMAT = RecordFormat("llava_json_v15", f"{_SUMMARY} 1.5.", sample_v15, LlavaOptions, media=MEDIA_KEYS)
+FORMAT = DatasetFormat("llava_json", f"{_SUMMARY} 1.0.", sample_v1, LlavaOptions, media=MEDIA_KEYS)
+V15_FORMAT = DatasetFormat("llava_json_v15", f"{_SUMMARY} 1.5.", sample_v15, LlavaOptions, media=MEDIA_KEYS)

@@ -26,8 +26,8 @@ from vila.core.types import Image, MediaRef, Message, Part, Role, Sample, Text, 
 from vila.data.formats.base import (
     IMAGE_MARKER,
     VIDEO_MARKER,
+    DatasetFormat,
     NoOptions,
-    RecordFormat,
     conversation_turns,
     id_of,
     list_at,
@@ -239,7 +239,7 @@ def _before_first_question(
     raise record.error("top-level media, but no user turn to put them in", field="messages")
 
 
-FORMAT = RecordFormat(
+FORMAT = DatasetFormat(
     "messages",
     "Chat `messages` with text, image and video parts, or ShareGPT `conversations`; JSON or parquet.",
     sample_of,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from vila.core.types import Image, Part, Sample, Text
-from vila.data.formats.base import Keep, RecordFormat, list_at, merge_texts, page_sample
+from vila.data.formats.base import DatasetFormat, Keep, list_at, merge_texts, page_sample
 from vila.data.readers.media_refs import Keys
 from vila.data.readers.records import Record, media_source
 
@@ -156,7 +156,7 @@ def _keep(options: Mmc4Options) -> Keep | None:
     return f"with images {options}", partial(_has_images, options=options)
 
 
-FORMAT = RecordFormat(
+FORMAT = DatasetFormat(
     "mmc4",
     "MMC4 documents: `text_list`, `image_info` and `similarity_matrix`; tar or JSON.",
     sample_of,

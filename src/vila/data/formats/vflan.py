@@ -13,7 +13,7 @@ from pathlib import Path
 from vila.core.types import Sample
 from vila.data.formats.base import (
     IMAGE_MARKER,
-    RecordFormat,
+    DatasetFormat,
     answer_at,
     check_turns,
     id_of,
@@ -66,7 +66,7 @@ def _dialog(record: Record, question: str, answer: str) -> list[tuple[str, str]]
     return [(text, reply) for text, reply in turns]
 
 
-FORMAT = RecordFormat(
+FORMAT = DatasetFormat(
     "vflan",
     "VFLAN, M3IT: `question`, `answer` and any number of images in `image`; tar, parquet or JSON.",
     sample_of,

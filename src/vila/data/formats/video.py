@@ -13,7 +13,7 @@ from vila.data.formats import llava
 from vila.data.formats.base import (
     IMAGE_MARKER,
     VIDEO_MARKER,
-    RecordFormat,
+    DatasetFormat,
     answer_at,
     id_of,
     question_answers,
@@ -45,7 +45,7 @@ def sample_of(record: Record, root: Path, options: VideoOptions) -> Sample:
     return Sample(id_of(record), question_answers([(question, answer_at(record, ("a",)))], [video]))
 
 
-FORMAT = RecordFormat(
+FORMAT = DatasetFormat(
     "video_json",
     "Video conversations: LLaVA records with `video`, or `video_id` with `q` and `a`; JSON.",
     sample_of,

@@ -12,7 +12,7 @@ from pathlib import Path
 from vila.chat.templates import find_template
 from vila.core.types import Image, Sample, Text, Video
 from vila.data.formats import messages, vflan
-from vila.data.formats.base import NoOptions, RecordFormat, caption_of, id_of, page_sample, question_answers
+from vila.data.formats.base import DatasetFormat, NoOptions, caption_of, id_of, page_sample, question_answers
 from vila.data.readers.records import Record, member_image, member_video
 
 
@@ -60,7 +60,7 @@ def _check(options: WebDatasetOptions) -> None:
         find_template(options.template)
 
 
-FORMAT = RecordFormat(
+FORMAT = DatasetFormat(
     "webdataset",
     "WebDataset tar shards: an image or video with KEY.txt, or KEY.json with a conversation or caption.",
     sample_of,

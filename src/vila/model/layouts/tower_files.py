@@ -61,10 +61,7 @@ _KNOWN: dict[str, dict[str, Any]] = {
 """Configs of towers that published checkpoints name, for checkpoints that contain only the tower's weights."""
 
 # transformers 5 saves CLIP and SigLIP towers without the prefix in published files.
-_PREFIXES = {
-    "clip_vision_model": (("vision_model.", ""), ("", "")),
-    "siglip_vision_model": (("vision_model.", ""), ("", "")),
-}
+_PREFIXES: Prefixes = (("vision_model.", ""), ("", ""))
 _INTERN_VIT = "intern_vit_6b"
 _INTERN_VIT_6B = {
     "hidden_size": 3200,
@@ -93,11 +90,6 @@ class TowerSpec:
     std: Triple
     center_crop: bool
     source: Fields
-
-    @property
-    def prefixes(self) -> Prefixes:
-        """Weight name prefixes in the tower's own directory, and ours without `vision_tower.`."""
-        return _PREFIXES.get(self.config.model_type, (("", ""),))
 
 
 def known_tower(name: str) -> TowerSpec | None:
@@ -185,7 +177,7 @@ def tower_tensors(folder: Path, tower: TowerSpec) -> tuple[dict[str, TensorRef],
     if tower.config.model_type == "internvl_vision":
         ours, unexpected = from_intern_vit_tensors(refs)
     else:
-        ours, unexpected = map_names(refs, tower.prefixes, ignore=NON_VISION_PREFIXES)
+        ours, unexpected = map_names(refs, _PREFIXES, ignore=NON_VISION_PREFIXES)
     return {f"vision_tower.{name}": ref for name, ref in ours.items()}, unexpected
 
 
