@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,7 @@ Pixels = np.ndarray[Any, np.dtype[np.float32]]
 Decode = Callable[[int, TokenizedSample], Sequence[Pixels]]
 
 _MAX_REFUSED = 10_000
+T = TypeVar("T")
 
 
 def fill_sequence(lengths: Sequence[int], max_length: int) -> list[int]:
@@ -213,7 +214,7 @@ class PackingStream:
         while True:
             chosen = self._choose()
             is_at_end = not chosen
-            pixels = [self._decode_sample(*item) for item in chosen] if self._decode else None
+            pixels = [self._attempt(self._decode, *item) for item in chosen] if self._decode else None
             if pixels is not None:
                 # A sample with an unreadable image is removed; the rest of the sequence stays.
                 chosen = [item for item, found in zip(chosen, pixels, strict=True) if found is not None]
@@ -288,12 +289,8 @@ class PackingStream:
 
     def _read(self, position: int) -> bool:
         """Read the sample at `position` into the buffer; return False if it was left out and counted."""
-        try:
-            sample = self._fetch(position)
-        except MemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - counted, or raised again
-            self._count_bad(position, error)
+        sample = self._attempt(self._fetch, position)
+        if sample is None:
             return False
         if len(sample) > self.policy.max_length or self._has_too_many_images(sample):
             fitting = self._cut(position, sample)
@@ -334,10 +331,10 @@ class PackingStream:
             hint=f"raise {name} or set data.overlong=drop",
         )
 
-    def _decode_sample(self, position: int, sample: TokenizedSample) -> Sequence[Pixels] | None:
-        assert self._decode
+    def _attempt(self, read: Callable[..., T], position: int, *arguments: Any) -> T | None:
+        """Return `read(position, *arguments)`; count the sample and return None if it fails."""
         try:
-            return self._decode(position, sample)
+            return read(position, *arguments)
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - counted, or raised again

@@ -117,7 +117,12 @@ _PRODUCER = {"name": "modelopt", "version": f"vila {__version__}"}
 
 def quant_config(group_size: int, ignore: Sequence[str]) -> dict[str, Any]:
     """Return the content of hf_quant_config.json."""
-    quantization = {
+    return {"producer": _PRODUCER, "quantization": w4a16_awq(group_size, ignore)}
+
+
+def w4a16_awq(group_size: int, ignore: Sequence[str]) -> dict[str, Any]:
+    """Return TensorRT-LLM's settings of symmetric INT4 weights. ignore: modules in full precision."""
+    return {
         "quant_algo": "W4A16_AWQ",
         "kv_cache_quant_algo": None,
         "group_size": group_size,
@@ -125,7 +130,6 @@ def quant_config(group_size: int, ignore: Sequence[str]) -> dict[str, Any]:
         "pre_quant_scale": True,
         "exclude_modules": list(ignore),
     }
-    return {"producer": _PRODUCER, "quantization": quantization}
 
 
 def quantization_config(group_size: int, ignore: Sequence[str]) -> dict[str, Any]:

@@ -15,10 +15,9 @@ from vila import __version__
 from vila.core.files import write_json
 from vila.export.base import ExportOptions, ExportTarget, Readme, choose_group_size, group_size_problems, int4_problems
 from vila.export.source import LLM, ExportSource, SafetensorsWriter
+from vila.export.tensorrt_llm import GROUPS, w4a16_awq
 from vila.families import FAMILIES, head_width, rope_parameters
 from vila.kernels.packings import pack_modelopt
-
-GROUPS = (64, 128)
 
 
 def _problems(source: ExportSource, options: ExportOptions) -> list[str]:
@@ -133,20 +132,9 @@ def checkpoint_config(source: ExportSource, group_size: int | None, ranks: int) 
         "use_parallel_embedding": True,
         "embedding_sharding_dim": 0,
         "mapping": {"world_size": ranks, "tp_size": ranks, "pp_size": 1},
-        "quantization": _quantization(group_size),
-    }
-
-
-def _quantization(group_size: int | None) -> dict[str, Any]:
-    if group_size is None:
-        return {"quant_algo": None, "kv_cache_quant_algo": None}
-    return {
-        "quant_algo": "W4A16_AWQ",
-        "kv_cache_quant_algo": None,
-        "group_size": group_size,
-        "has_zero_point": False,
-        "pre_quant_scale": True,
-        "exclude_modules": ["lm_head"],
+        "quantization": {"quant_algo": None, "kv_cache_quant_algo": None}
+        if group_size is None
+        else w4a16_awq(group_size, ["lm_head"]),
     }
 
 
