@@ -218,7 +218,9 @@ def test_a_damaged_sample_counts_once_over_epochs_and_repeats(file, tmp_path, wo
     policy = PackingPolicy(max_length=96, look_ahead=6, max_faults=1, packing=packing)
     reader = reader_of(*entries)
     ranks = [
-        PackingStreams(reader, 2, policy=policy, rank=rank, world=world, decode=reader.pixels, location=reader.location)
+        PackingStreams(
+            reader, 2, policy=policy, rank=rank, world=world, decode=reader.pixels, location=reader.mixture.location
+        )
         for rank in range(world)
     ]
     visits = 0
@@ -237,7 +239,7 @@ def test_a_second_damaged_sample_exceeds_a_budget_of_one_inside_a_stream_too(fil
     damage(file, 7)
     reader = reader_of(file)
     policy = PackingPolicy(max_length=96, look_ahead=6, max_faults=1)
-    streams = PackingStreams(reader, 1, policy=policy, decode=reader.pixels, location=reader.location)
+    streams = PackingStreams(reader, 1, policy=policy, decode=reader.pixels, location=reader.mixture.location)
     with pytest.raises(DataError) as raised:
         for _ in range(24):
             streams.step()

@@ -44,7 +44,7 @@ def start():
 
 
 def alone(reader, count=4, policy=POLICY, **options):
-    read = {"shorten": reader.shorten, "decode": reader.pixels, "location": reader.location}
+    read = {"shorten": reader.shorten, "decode": reader.pixels, "location": reader.mixture.location}
     return PackingStreams(reader, count, policy=policy, **read, **options)
 
 

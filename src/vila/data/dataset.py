@@ -298,10 +298,14 @@ class SampleReader:
 
     def tokenize(self, dataset: MixtureDataset, sample: Sample) -> TokenizedSample:
         """Tokenize a sample of a data set. Videos become their frames; no image or video is opened."""
-        template = find_template(sample.template or dataset.template or self.template)
+        template, spec = find_template(sample.template or dataset.template or self.template), self.spec
         try:
-            expanded = expand_sample_videos(sample, template.media_gap, self.frames)
-            return tokenize_sample(expanded, template, self.tokenizer, self.count, dataset.name)
+            expanded = expand_sample_videos(
+                sample, template.media_gap, lambda video: video_frames(video, spec.num_video_frames)
+            )
+            return tokenize_sample(
+                expanded, template, self.tokenizer, lambda image: spec.tokens_per_image, dataset.name
+            )
         except VilaError as error:
             _add_sample(error, dataset, sample)
             raise
@@ -327,20 +331,6 @@ class SampleReader:
         except VilaError as error:
             _add_sample(error, dataset, sample)
             raise
-
-    def location(self, position: int) -> RecordLocation:
-        """Return file and record of the sample at a global position, without reading it."""
-        return self.mixture.location(position)
-
-    def count(self, media: Image | Video) -> int:
-        """Return the number of image placeholders of an image. Videos are replaced by `frames` before."""
-        if isinstance(media, Video):
-            raise MediaError("a video must be replaced by its frames first", value=media.source)
-        return self.spec.tokens_per_image
-
-    def frames(self, video: Video) -> list[Image]:
-        """Return references to the frames of a video, the model's number of them unless the video has its own."""
-        return video_frames(video, self.spec.num_video_frames)
 
     def _read(self, position: int) -> tuple[MixtureDataset, Sample]:
         try:

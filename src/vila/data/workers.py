@@ -270,7 +270,7 @@ def _run_worker(connection: Connection, job: StreamJob, current: Any, inherited:
             shorten=reader.shorten,
             decode=decode if job.decode else None,
             state=state,
-            location=reader.location,
+            location=reader.mixture.location,
             end=job.end,
         )
         for number, state in job.states.items()

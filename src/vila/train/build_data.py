@@ -174,7 +174,7 @@ def build_streams(
         return WorkerStreams(reader, global_batch(recipe), workers=workers, decode=decode, end=end, **shared)  # type: ignore[arg-type]
     return PackingStreams(
         reader, global_batch(recipe), shorten=reader.shorten, decode=reader.pixels if decode else None,
-        location=reader.location, end=end, **shared,  # type: ignore[arg-type]
+        location=reader.mixture.location, end=end, **shared,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
