@@ -20,6 +20,7 @@ from vila.core.vision_spec import ImageMode, VisionSpec
 from vila.data.dataset import Subset
 from vila.data.mixture import MixtureDataset
 from vila.data.packing import Overlong
+from vila.data.stats import min_median_max
 from vila.media.image import open_image
 from vila.media.transform import square_bytes
 
@@ -83,12 +84,7 @@ class ImagePreview:
     @property
     def reduction(self) -> float:
         """Median factor by which a side is reduced; below 1 images are enlarged."""
-        half = (self.count + 1) // 2
-        for factor in sorted(self._reductions):
-            half -= self._reductions[factor]
-            if half <= 0:
-                return factor
-        return 1.0
+        return min_median_max(self._reductions)[1] if self.count else 1.0
 
     @property
     def min_text_px(self) -> int:

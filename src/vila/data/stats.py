@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate
-from typing import Final
+from typing import Final, TypeVar
 
 from vila.chat.tokenize import TokenizedSample
 from vila.core.errors import ConfigError, VilaError
@@ -16,6 +16,7 @@ from vila.core.types import Sample
 from vila.data.dataset import Subset
 from vila.data.mixture import Mixture, MixtureDataset
 
+Number = TypeVar("Number", int, float)
 MAX_CHECKED: Final = 2000
 """Samples of each data set among which `require_images` looks for an image."""
 
@@ -103,7 +104,7 @@ def require_images(mixture: Mixture, reason: str) -> None:
 _BINS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
-def min_median_max(counts: Mapping[int, int]) -> list[int]:
+def min_median_max(counts: Mapping[Number, int]) -> list[Number]:
     """Return smallest, median (the lower of two) and largest of values that are counted by value; [] without values.
 
     >>> min_median_max({5: 1, 1: 2, 9: 1})

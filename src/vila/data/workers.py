@@ -16,7 +16,7 @@ import signal
 import socket
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from ctypes import c_longlong
 from dataclasses import dataclass, replace
@@ -253,22 +253,21 @@ def _run_worker(connection: Connection, job: StreamJob, current: Any, inherited:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     reader = job.reader
 
-    def fetch(position: int) -> Any:
-        current.value = position
-        return reader(position)
+    def tracked(read: Callable[..., Any]) -> Callable[..., Any]:
+        def call(position: int, *arguments: Any) -> Any:
+            current.value = position
+            return read(position, *arguments)
 
-    def decode(position: int, sample: Any) -> Any:
-        current.value = position
-        return reader.squares(position, sample)
+        return call
 
     streams = {
         number: PackingStream(
             number,
             job.count,
-            fetch,
+            tracked(reader),
             job.policy,
             shorten=reader.shorten,
-            decode=decode if job.decode else None,
+            decode=tracked(reader.squares) if job.decode else None,
             state=state,
             location=reader.mixture.location,
             end=job.end,
