@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from tests.export.readers.safetensors_file import read_file, read_folder
 from vila.core.reading import read_json
-from vila.export.source import SafetensorsWriter
+from vila.model.save_weights import SafetensorsWriter
 
 TENSORS = {
     "odd": torch.arange(3, dtype=torch.uint8),

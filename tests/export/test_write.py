@@ -13,7 +13,8 @@ from tests.other_process import killed_writer
 from vila.core.errors import ConfigError, LayoutError, UnknownNameError, VilaError
 from vila.core.reading import read_json
 from vila.export.base import EXPORTS, METADATA_FILE, OPTIONS, ExportOptions, write_export
-from vila.export.source import SafetensorsWriter, open_source
+from vila.export.source import open_source
+from vila.model.save_weights import SafetensorsWriter
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vila.core.errors import LayoutError
-from vila.model.save_weights import LazyTensor, as_float16, write_file, write_torch_file, write_weights
+from vila.model.save_weights import LazyTensor, as_float16, write_torch_file, write_weights
 from vila.model.weights import TorchFile
 
 KINDS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16)
@@ -19,9 +19,9 @@ def test_bytes_are_those_of_safetensors(tmp_path):
     tensors = {f"{n}.{kind}": torch.arange(2 * n + 3).to(kind) for n, kind in enumerate((*KINDS, *WIDE))}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), 'name \u00e9 "quoted"': torch.ones(3, 3)}
     tensors["turned"] = torch.arange(12.0).reshape(3, 4).T
-    write_file(tensors, tmp_path / "ours")
+    write_weights(tensors, tmp_path)
     save_file({k: t.contiguous() for k, t in tensors.items()}, tmp_path / "theirs", metadata={"format": "pt"})
-    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_lazy_tensors_are_computed_one_at_a_time(tmp_path):
@@ -52,23 +52,23 @@ def test_shards_have_an_index(tmp_path):
 
 def test_a_lazy_tensor_must_have_its_declared_shape(tmp_path):
     with pytest.raises(RuntimeError) as caught:
-        write_file({"a": LazyTensor((2,), torch.float32, lambda: torch.zeros(3))}, tmp_path / "a")
+        write_weights({"a": LazyTensor((2,), torch.float32, lambda: torch.zeros(3))}, tmp_path)
     assert "[3]" in str(caught.value) and "[2]" in str(caught.value)
 
 
 def test_values_outside_float16_are_refused(tmp_path):
     tensors = as_float16({"a": torch.tensor([0.1]), "n": torch.tensor([7]), "big": torch.tensor([70000.0])})
     assert tensors["n"].dtype == torch.int64
-    write_file({name: tensors[name] for name in "an"}, tmp_path / "a")
-    assert load_file(tmp_path / "a")["a"].dtype == torch.float16
+    write_weights({name: tensors[name] for name in "an"}, tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["a"].dtype == torch.float16
     with pytest.raises(LayoutError) as caught:
-        write_file(tensors, tmp_path / "b")
+        write_weights(tensors, tmp_path)
     assert caught.value.field == "big"
 
 
 def test_an_unsupported_dtype_is_refused(tmp_path):
     with pytest.raises(LayoutError) as caught:
-        write_file({"z": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "a")
+        write_weights({"z": torch.zeros(2, dtype=torch.complex64)}, tmp_path)
     assert (caught.value.field, caught.value.value) == ("z", "torch.complex64")
 
 

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,8 +24,8 @@ from vila.model.int4_weights import PackedWeight, read_packed
 from vila.model.layouts.base import Checkpoint
 from vila.model.loading import open_checkpoint
 from vila.model.processor import VilaProcessor
-from vila.model.save_weights import SHARD_BYTES, TensorSpecs, num_bytes, plan_file, plan_shards
-from vila.model.weights import SINGLE_FILES, ReadTensor, TensorRef, TorchFile
+from vila.model.save_weights import SafetensorsWriter, TensorSpecs
+from vila.model.weights import ReadTensor, TensorRef, TorchFile
 from vila.quant.awq_cache import AwqSearch, read_search
 
 # O output channels  I input channels  G groups of a row
@@ -355,69 +354,3 @@ def write_tensors(folder: Path, streams: Iterable[StreamedTensors]) -> None:
             for chunk in stream.chunks():
                 for name, rows in chunk.items():
                     writer.append(name, rows)
-
-
-@dataclass
-class _TensorRegion:
-    """Byte range of a tensor in a file, and the number of bytes written."""
-
-    stream: BinaryIO
-    start: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    size: int
-    done: int = 0
-
-
-@dataclass
-class SafetensorsWriter:
-    """Streaming writer of safetensors files: shapes are declared first, then rows are appended in any tensor order.
-
-    Writes one file named `single`, or shards of about `shard_bytes` with an index, to `folder`. Use it in a `with`
-    statement; its end checks that every declared tensor is complete.
-    """
-
-    folder: Path
-    declared: TensorSpecs
-    single: str = SINGLE_FILES[0]
-    shard_bytes: int = SHARD_BYTES
-    _regions: dict[str, _TensorRegion] = field(default_factory=dict, init=False)
-    _streams: list[BinaryIO] = field(default_factory=list, init=False)
-
-    def __enter__(self) -> SafetensorsWriter:
-        files: Mapping[str, Sequence[str]] = {self.single: list(self.declared)}
-        if self.single == SINGLE_FILES[0]:
-            files = plan_shards(self.declared, self.folder, self.shard_bytes)
-        for file, names in files.items():
-            self._open(self.folder / file, names)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for stream in self._streams:
-            stream.close()
-        unfinished = [name for name, region in self._regions.items() if region.done != region.size]
-        if kind is None and unfinished:
-            raise RuntimeError(f"{self.folder}: {len(unfinished)} tensors are incomplete: {', '.join(unfinished[:5])}")
-
-    def append(self, name: str, rows: Tensor) -> None:
-        """Write the next rows of a tensor. Raises ValueError for another dtype or shape, or more rows than declared."""
-        region = self._regions[name]
-        if rows.dtype != region.dtype or rows.shape[1:] != region.shape[1:]:
-            raise ValueError(
-                f"{name}: rows are {rows.dtype} {list(rows.shape)}, declared is {region.dtype} {list(region.shape)}"
-            )
-        if region.done + rows.nbytes > region.size:
-            raise ValueError(f"{name}: more rows than the declared {region.shape[0] if region.shape else 1}")
-        flat = rows.detach().cpu().contiguous().flatten().view(torch.uint8)
-        region.stream.seek(region.start + region.done)
-        region.stream.write(flat.numpy().data)
-        region.done += rows.nbytes
-
-    def _open(self, path: Path, names: Sequence[str]) -> None:
-        layout = plan_file({name: self.declared[name] for name in names}, path)
-        stream = path.open("wb")  # closed in __exit__
-        self._streams.append(stream)
-        stream.write(layout.header)
-        stream.truncate(layout.size)
-        for name, start in layout.offsets.items():
-            self._regions[name] = _TensorRegion(stream, start, *self.declared[name], num_bytes(*self.declared[name]))

@@ -12,9 +12,10 @@ import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -33,22 +34,11 @@ TensorSpecs = Mapping[str, tuple[Shape, torch.dtype]]
 """Shape and dtype of every tensor, by name."""
 
 
-@dataclass(frozen=True, slots=True)
-class FileLayout:
-    """Layout of a .safetensors file.
+def plan_file(declared: TensorSpecs, path: Path) -> tuple[bytes, dict[str, int], int]:
+    """Return header, offset of each tensor and size of a .safetensors file, all in bytes.
 
-    header:  first bytes of the file.
-    offsets: file offset of each tensor, in file order.
-    size:    size of the file in bytes.
+    Raises LayoutError for a dtype that such files do not have.
     """
-
-    header: bytes
-    offsets: Mapping[str, int]
-    size: int
-
-
-def plan_file(declared: TensorSpecs, path: Path) -> FileLayout:
-    """Compute the layout of one file. Raises LayoutError for a dtype that .safetensors files do not have."""
     for name, (_, dtype) in declared.items():
         if dtype not in _NAMES:
             raise LayoutError("", file=path, field=name, value=str(dtype), expected=", ".join(_NAMES.values()))
@@ -62,7 +52,7 @@ def plan_file(declared: TensorSpecs, path: Path) -> FileLayout:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
-    return FileLayout(head, {name: len(head) + start for name, start in starts.items()}, len(head) + offset)
+    return head, {name: len(head) + start for name, start in starts.items()}, len(head) + offset
 
 
 def plan_shards(declared: TensorSpecs, folder: Path, limit: int = SHARD_BYTES) -> dict[str, Sequence[str]]:
@@ -90,6 +80,72 @@ def num_bytes(shape: Shape, dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
+@dataclass
+class _TensorRegion:
+    """Byte range of a tensor in a file, and the number of bytes written."""
+
+    stream: BinaryIO
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    size: int
+    done: int = 0
+
+
+@dataclass
+class SafetensorsWriter:
+    """Streaming writer of safetensors files: shapes are declared first, then rows are appended in any tensor order.
+
+    Writes one file named `single`, or shards of about `shard_bytes` with an index, to `folder`. Use it in a `with`
+    statement; its end checks that every declared tensor is complete.
+    """
+
+    folder: Path
+    declared: TensorSpecs
+    single: str = SINGLE_FILES[0]
+    shard_bytes: int = SHARD_BYTES
+    _regions: dict[str, _TensorRegion] = field(default_factory=dict, init=False)
+    _streams: list[BinaryIO] = field(default_factory=list, init=False)
+
+    def __enter__(self) -> SafetensorsWriter:
+        files: Mapping[str, Sequence[str]] = {self.single: list(self.declared)}
+        if self.single == SINGLE_FILES[0]:
+            files = plan_shards(self.declared, self.folder, self.shard_bytes)
+        for file, names in files.items():
+            self._open(self.folder / file, names)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for stream in self._streams:
+            stream.close()
+        unfinished = [name for name, region in self._regions.items() if region.done != region.size]
+        if kind is None and unfinished:
+            raise RuntimeError(f"{self.folder}: {len(unfinished)} tensors are incomplete: {', '.join(unfinished[:5])}")
+
+    def append(self, name: str, rows: Tensor) -> None:
+        """Write the next rows of a tensor. Raises ValueError for another dtype or shape, or more rows than declared."""
+        region = self._regions[name]
+        if rows.dtype != region.dtype or rows.shape[1:] != region.shape[1:]:
+            raise ValueError(
+                f"{name}: rows are {rows.dtype} {list(rows.shape)}, declared is {region.dtype} {list(region.shape)}"
+            )
+        if region.done + rows.nbytes > region.size:
+            raise ValueError(f"{name}: more rows than the declared {region.shape[0] if region.shape else 1}")
+        flat = rows.detach().cpu().contiguous().flatten().view(torch.uint8)
+        region.stream.seek(region.start + region.done)
+        region.stream.write(flat.numpy().data)
+        region.done += rows.nbytes
+
+    def _open(self, path: Path, names: Sequence[str]) -> None:
+        header, offsets, size = plan_file({name: self.declared[name] for name in names}, path)
+        stream = path.open("wb")  # closed in __exit__
+        self._streams.append(stream)
+        stream.write(header)
+        stream.truncate(size)
+        for name, start in offsets.items():
+            self._regions[name] = _TensorRegion(stream, start, *self.declared[name], num_bytes(*self.declared[name]))
+
+
 @dataclass(frozen=True)
 class LazyTensor:
     """A tensor that is computed when it is written and freed afterwards."""
@@ -104,19 +160,10 @@ Writable = Tensor | LazyTensor
 
 def write_weights(tensors: Mapping[str, Writable], folder: Path, shard_size: int = SHARD_BYTES) -> None:
     """Write model.safetensors, or shards of at most `shard_size` bytes and their index, into an existing directory."""
-    for file, names in plan_shards(_declared(tensors), folder, shard_size).items():
-        write_file({name: tensors[name] for name in names}, folder / file)
-
-
-def write_file(tensors: Mapping[str, Writable], path: Path) -> None:
-    """Write one .safetensors file. Raises LayoutError for a dtype that .safetensors files do not have."""
-    layout = plan_file(_declared(tensors), path)
-    with path.open("wb") as stream:
-        stream.write(layout.header)
-        for name in layout.offsets:
-            data = materialize(tensors[name])
-            stream.write(data.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-            del data
+    declared = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    with SafetensorsWriter(folder, declared, shard_bytes=shard_size) as writer:
+        for name, tensor in tensors.items():
+            writer.append(name, materialize(tensor))
 
 
 def materialize(tensor: Writable) -> Tensor:
@@ -150,10 +197,6 @@ def _half(name: str, tensor: Writable) -> Writable:
         return half
 
     return LazyTensor(tuple(tensor.shape), torch.float16, compute)
-
-
-def _declared(tensors: Mapping[str, Writable]) -> TensorSpecs:
-    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 _ALIGNMENT = 64
