@@ -154,7 +154,7 @@ class ConcurrencyLimit:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.reserve = reserved_slots(capacity)
+        self.reserve = max(1, capacity // 8)
         self._active: Counter[str] = Counter()
         self._last_seen: dict[str, float] = {}
 
@@ -186,8 +186,3 @@ class ConcurrencyLimit:
     def release(self, client: str, count: int = 1) -> None:
         """Stop counting `count` answers of a client."""
         self._active -= Counter({client: count})
-
-
-def reserved_slots(capacity: int) -> int:
-    """Return how many requests beyond the capacity are reserved for clients without one."""
-    return max(1, capacity // 8)

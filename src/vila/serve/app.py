@@ -65,8 +65,7 @@ def create_app(
     app.openapi = partial(_openapi, app, app.openapi)  # type: ignore[method-assign]
     _add_error_handlers(app)
     app.state.bodies = BodyReader(service.limits.body, 8 * service.limits.body, body_s, stall_s)
-    _add_chat_routes(app, service, app.state.bodies)
-    _add_status_routes(app, service)
+    _add_routes(app, service, app.state.bodies)
     return app
 
 
@@ -81,7 +80,7 @@ def _openapi(app: FastAPI, build: Callable[[], dict[str, Any]]) -> dict[str, Any
     return app.openapi_schema
 
 
-def _add_chat_routes(app: FastAPI, service: Service, bodies: BodyReader) -> None:
+def _add_routes(app: FastAPI, service: Service, bodies: BodyReader) -> None:
     models = service.models
 
     @app.post("/v1/chat/completions", responses=_ERRORS, response_model=None, openapi_extra=_REQUEST_BODY)
@@ -108,10 +107,6 @@ def _add_chat_routes(app: FastAPI, service: Service, bodies: BodyReader) -> None
     async def show_model(name: str) -> dict[str, Any]:
         """Describe a model by its name or an alias."""
         return models.find(name).card
-
-
-def _add_status_routes(app: FastAPI, service: Service) -> None:
-    models = service.models
 
     @app.get("/health", responses=_ERRORS)
     async def health() -> JSONResponse:

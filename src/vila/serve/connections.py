@@ -16,6 +16,8 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from vila.core.errors import ConfigError
+
 _log = logging.getLogger("vila.serve")
 
 MAX_CONNECTIONS = 1000
@@ -70,9 +72,7 @@ class Connections:
     def release(self, number: int) -> None:
         """Stop counting a closed connection, given by its file descriptor."""
         if one := self._open.pop(number, None):
-            self._of_address[one.address] -= 1
-            if not self._of_address[one.address]:
-                del self._of_address[one.address]
+            self._of_address -= Counter({one.address: 1})
 
     def set_stage(self, number: int, stage: int) -> None:
         """Set the stage of a connection: IDLE, READING (a request body) or ANSWERING."""
@@ -142,10 +142,14 @@ class _Counted(socket.socket):
 
 
 def listen(host: str, port: int, connections: Connections) -> Listener:
-    """Open a listening socket. Raises OSError and OverflowError as `socket.create_server` does."""
+    """Open a listening socket. Raises ConfigError if the port cannot be opened."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family, backlog=2048) as plain:
-        listener = Listener(plain.family, plain.type, plain.proto, fileno=plain.detach())
+    try:
+        plain = socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        problem = f"{host} port {port} cannot be opened ({error})"
+        raise ConfigError(problem, field="--port", value=port, hint="choose another port") from error
+    listener = Listener(plain.family, plain.type, plain.proto, fileno=plain.detach())
     listener.connections = connections
     return listener
 
@@ -203,8 +207,7 @@ class TimedProtocol(H11Protocol):
         super().__init__(*arguments, **options)
         limit = self.config.h11_max_incomplete_event_size
         self.conn = self._parser = _Parser(h11.SERVER, *([] if limit is None else [limit]))
-        self._head: asyncio.TimerHandle | None = None
-        self._stall: asyncio.TimerHandle | None = None
+        self._timers: dict[str, asyncio.TimerHandle] = {}
         self._number = -1
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -212,7 +215,7 @@ class TimedProtocol(H11Protocol):
         super().connection_made(transport)
         if own := transport.get_extra_info("socket"):
             self._number = own.fileno()
-        self._head = self.loop.call_later(self.head_s, self._abort)
+        self._start("head", self.head_s)
 
     def data_received(self, data: bytes) -> None:
         """Parse received data and update the timeouts."""
@@ -220,11 +223,11 @@ class TimedProtocol(H11Protocol):
         idle = before is None or before.response_complete
         super().data_received(data)
         if self._parser.is_too_fine:
-            self._abort()
+            self.transport.abort()
         elif self.cycle is not before:
-            self._stop_head()
-        elif idle and self._head is None and not self.transport.is_closing():
-            self._head = self.loop.call_later(self.head_s, self._abort)
+            self._stop("head")
+        elif idle and not self.transport.is_closing():
+            self._start("head", self.head_s)
         self._update_stage()
 
     def on_response_complete(self) -> None:
@@ -235,18 +238,16 @@ class TimedProtocol(H11Protocol):
     def pause_writing(self) -> None:
         """Start the timeout for a client that does not read."""
         super().pause_writing()
-        if self._stall is None:
-            self._stall = self.loop.call_later(self.stall_s, self._abort)
+        self._start("stall", self.stall_s)
 
     def resume_writing(self) -> None:
         """Stop the timeout for a client that does not read."""
         super().resume_writing()
-        self._stop_stall()
+        self._stop("stall")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop all timeouts."""
-        self._stop_head()
-        self._stop_stall()
+        self._stop("head", "stall")
         self._number = -1
         super().connection_lost(exc)
 
@@ -258,15 +259,11 @@ class TimedProtocol(H11Protocol):
                 self._number, IDLE if is_idle else READING if cycle.more_body else ANSWERING
             )
 
-    def _abort(self) -> None:
-        self.transport.abort()
+    def _start(self, timer: str, seconds: float) -> None:
+        if timer not in self._timers:
+            self._timers[timer] = self.loop.call_later(seconds, self.transport.abort)
 
-    def _stop_head(self) -> None:
-        if self._head is not None:
-            self._head.cancel()
-            self._head = None
-
-    def _stop_stall(self) -> None:
-        if self._stall is not None:
-            self._stall.cancel()
-            self._stall = None
+    def _stop(self, *timers: str) -> None:
+        for timer in timers:
+            if handle := self._timers.pop(timer, None):
+                handle.cancel()

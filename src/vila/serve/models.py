@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vila.core.errors import ConfigError
-from vila.serve.admission import ConcurrencyLimit, reserved_slots
+from vila.core.reading import lone_surrogate
+from vila.serve.admission import ConcurrencyLimit
 from vila.serve.errors import ApiError, unavailable
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Models:
         self.draining = False
         self._by_name: dict[str, ServedModel] = {}
         for model in self.models:
-            if not _is_encodable(model.name):
+            if lone_surrogate(model.name) is not None:
                 raise ConfigError("not valid UTF-8", field="--served-model-name", value=model.name)
             if model.name in self._by_name:
                 hint = "give each its own name"
@@ -142,22 +143,22 @@ class Models:
         for model in self.models:
             begun = time.monotonic()
             try:
-                model.batcher = self._start_batcher(model.load())
+                model.batcher = self._start_batcher(model)
             except Exception as error:  # noqa: BLE001 - the server reports any error and exits
                 model.failure = error
                 failed(model)
                 return
             _log.info("model %s loaded in %.1f s", model.name, time.monotonic() - begun)
 
-    def _start_batcher(self, engine: Engine) -> Batcher:
+    def _start_batcher(self, model: ServedModel) -> Batcher:
         from vila.engine.batcher import Batcher
 
         settings = self.batching
         batcher = Batcher(
-            engine,
+            model.load(),
             max_num_seqs=settings.max_num_seqs,
             kv_tokens=settings.kv_tokens,
-            max_queue=settings.max_queue + reserved_slots(settings.capacity),
+            max_queue=settings.max_queue + model.concurrency.reserve,
             prefill_chunk=settings.prefill_chunk,
         )
         batcher.start()
@@ -173,11 +174,3 @@ def default_name(model: str) -> str:
     name = path.parent.name if path.name == "model" and path.parent.name else path.name
     # File names may hold bytes that are not UTF-8, which JSON cannot carry.
     return name.encode("utf-8", "replace").decode()
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from vila.core.errors import DataError
-from vila.core.reading import parse_json
+from vila.core.reading import lone_surrogate, parse_json
 from vila.serve.errors import ApiError, validation_error
 
 MAX_VALUES = 100_000
@@ -74,49 +74,44 @@ MAX_NAMES = 20
 _MAX_NAME_LENGTH = 60
 
 
-def _parameter_problems(extra: Mapping[str, Any], known: list[str]) -> Iterator[str]:
-    """Yield the problems of parameters that the schema does not have; `known` are the ones it has."""
+def _parameter_problems(extra: Mapping[str, Any], known: list[str]) -> list[str]:
+    """Return the problems of parameters that the schema does not have; `known` are the ones it has."""
     wrong = [
         name
         for name, value in extra.items()
         if name not in IGNORED and not (name in NEUTRAL and (value is None or value in NEUTRAL[name]))
     ]
-    for name in wrong[:MAX_NAMES]:
+
+    def describe(name: str) -> str:
         if name in NEUTRAL:
-            yield f"{name}: is not supported and would change the answer; remove it"
-            continue
+            return "is not supported and would change the answer; remove it"
         near = get_close_matches(name, known, n=1) if len(name) <= _MAX_NAME_LENGTH else []
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        yield f"{_shortened(name)}: unknown parameter{hint}"
-    yield from _remaining(wrong)
+        return "unknown parameter" + (f"; did you mean {near[0]!r}?" if near else "")
+
+    return _name_problems(wrong, describe)
 
 
-def _message_problems(extra: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the problems of further message fields. The empty fields of an earlier answer are accepted."""
+def _message_problems(extra: Mapping[str, Any]) -> list[str]:
+    """Return the problems of further message fields. The empty fields of an earlier answer are accepted."""
     wrong = [
         name
         for name, value in extra.items()
         if not (name in IGNORED_IN_MESSAGES and isinstance(value, str)) and value not in (None, [], "", {})
     ]
-    for name in wrong[:MAX_NAMES]:
-        yield f"{_shortened(name)}: is not supported in a message; remove it"
-    yield from _remaining(wrong)
+    return _name_problems(wrong, lambda name: "is not supported in a message; remove it")
 
 
-def _remaining(wrong: list[str]) -> Iterator[str]:
-    if len(wrong) > MAX_NAMES:
-        yield f"and {len(wrong) - MAX_NAMES:,} more"
+def _name_problems(names: list[str], describe: Callable[[str], str]) -> list[str]:
+    def shortened(name: str) -> str:
+        return name if len(name) <= _MAX_NAME_LENGTH else f"{name[: _MAX_NAME_LENGTH - 3]}..."
 
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= _MAX_NAME_LENGTH else f"{name[: _MAX_NAME_LENGTH - 3]}..."
+    problems = [f"{shortened(name)}: {describe(name)}" for name in names[:MAX_NAMES]]
+    return [*problems, f"and {len(names) - MAX_NAMES:,} more"] if len(names) > MAX_NAMES else problems
 
 
 def _check_encodable(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("contains half of a surrogate pair, which is not a character") from error
+    if lone_surrogate(text) is not None:
+        raise ValueError("contains half of a surrogate pair, which is not a character")
     return text
 
 
@@ -216,7 +211,7 @@ class ChatMessage(_Strict):
 
     @model_validator(mode="after")
     def _check_extra(self) -> ChatMessage:
-        _raise_problems(list(_message_problems(self.model_extra or {})))
+        _raise_problems(_message_problems(self.model_extra or {}))
         return self
 
     @property
@@ -261,7 +256,7 @@ class ChatRequest(_Strict):
 
     @model_validator(mode="after")
     def _check_request(self) -> ChatRequest:
-        found = list(_parameter_problems(self.model_extra or {}, list(type(self).model_fields)))
+        found = _parameter_problems(self.model_extra or {}, list(type(self).model_fields))
         if self.top_logprobs and not self.logprobs:
             found.append("top_logprobs: requires logprobs=true")
         if self.stream_options is not None and not self.stream:

@@ -25,11 +25,10 @@ from vila.core.errors import ConfigError, VilaError
 from vila.serve.admission import parse_allowed_hosts
 from vila.serve.app import create_app
 from vila.serve.chat import Service
-from vila.serve.connections import MAX_CONNECTIONS, Connections, Listener, TimedProtocol, connection_limit, listen
+from vila.serve.connections import MAX_CONNECTIONS, Connections, TimedProtocol, connection_limit, listen
 from vila.serve.models import ServedModel
 
 _log = logging.getLogger("vila.serve")
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _START_S = 900.0
 
 
@@ -82,7 +81,7 @@ def serve(service: Service, config: ServerConfig, log: Callable[[str], None]) ->
     except (OSError, ssl.SSLError) as error:
         files = f"{config.certificate}, {config.private_key}"
         raise ConfigError(f"not a valid TLS certificate and private key ({error})", file=files) from error
-    listener = _listen(config, connections)
+    listener = listen(config.host, config.port, connections)
     scheme = "https" if config.certificate else "http"
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -115,23 +114,11 @@ class _Server(uvicorn.Server):
         self.failed = model
         self.should_exit = True
 
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Handle SIGINT and SIGTERM; restores the previous handlers afterwards."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._stop) for number in _SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Start the shutdown; a second signal ends the process. uvicorn calls this on SIGINT and SIGTERM."""
         if self.service.models.draining:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
             return
         self.service.models.draining = True
         _log.info("shutting down after running requests finish; signal again to exit immediately")
@@ -142,14 +129,6 @@ class _Server(uvicorn.Server):
             _log.warning("cancelling requests that did not finish within %g s", self.drain_s)
             self.service.models.close()
         self.should_exit = True
-
-
-def _listen(config: ServerConfig, connections: Connections) -> Listener:
-    try:
-        return listen(config.host, config.port, connections)
-    except (OSError, OverflowError) as error:
-        problem = f"{config.host} port {config.port} cannot be opened ({error})"
-        raise ConfigError(problem, field="--port", value=config.port, hint="choose another port") from error
 
 
 @dataclass(frozen=True)
