@@ -20,11 +20,11 @@ from tests.prepare.test_resumable_download import document, write_shard
 from vila.cli.data_prepare import DownloadFlags
 from vila.core.errors import DataError
 from vila.media.bulk_download import DownloadOptions
-from vila.prepare import coyo, flan, llava_align, m3it, mmc4, pkl, sharegpt4v, work_units
+from vila.prepare import coyo, llava_json, mmc4, pkl, vflan, work_units
 from vila.prepare.resumable_download import ResizeRule
 from vila.prepare.shards import read_tar
 
-SETS = {name for names in m3it.SETS.values() for name in names}
+SETS = {name for names in vflan.SETS.values() for name in names}
 FETCH = ("--allow-private-urls", "--host-delay-s", 0, "--max-attempts", 1)
 
 
@@ -188,10 +188,10 @@ def test_flags_of_fetching_are_the_rules_with_their_defaults():
 STEPS = {
     "mmc4": [mmc4.prepare_mmc4],
     "coyo": [coyo.select_coyo, coyo.prepare_coyo],
-    "m3it": [m3it.prepare_m3it],
-    "flan": [flan.prepare_flan],
-    "llava-align": [llava_align.prepare_llava_align],
-    "sharegpt4v": [sharegpt4v.prepare_sharegpt4v],
+    "m3it": [vflan.prepare_m3it],
+    "flan": [vflan.prepare_flan],
+    "llava-align": [llava_json.prepare_llava_align],
+    "sharegpt4v": [llava_json.prepare_sharegpt4v],
     "pkl": [pkl.convert_pickles],
 }
 FLAG_NAMES = {

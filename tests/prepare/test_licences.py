@@ -2,7 +2,7 @@
 
 from scripts import make_docs
 from vila.prepare.licences import data_licences
-from vila.prepare.m3it import SETS
+from vila.prepare.vflan import SETS
 
 
 def test_the_file_in_the_repository_is_up_to_date():

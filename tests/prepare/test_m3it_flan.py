@@ -11,9 +11,8 @@ import pytest
 from tests.other_process import HOST, PID, killed_writer, locked_elsewhere
 from tests.prepare.image_server import jpeg
 from vila.core.errors import ConfigError, DirectoryInUseError, UnknownNameError
-from vila.prepare.flan import first_index, prepare_flan, spaced_row
-from vila.prepare.m3it import prepare_m3it
 from vila.prepare.shards import read_tar
+from vila.prepare.vflan import first_index, prepare_flan, prepare_m3it, spaced_row
 
 
 def b64(number: int) -> str:

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 from tests.prepare.image_server import jpeg
 from vila.core.types import Image, Sample, Text
 from vila.data.formats.base import FORMATS
-from vila.prepare.flan import prepare_flan
 from vila.prepare.pkl import convert_pickles
+from vila.prepare.vflan import prepare_flan
 
 
 def read(name: str, path: Path) -> list[Sample]:

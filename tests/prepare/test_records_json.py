@@ -10,9 +10,8 @@ import pytest
 
 from tests.prepare.image_server import jpeg
 from vila.core.errors import ConfigError, DataError
-from vila.prepare import llava_align
-from vila.prepare.llava_align import prepare_llava_align, unpack_images
-from vila.prepare.sharegpt4v import is_repetitive, prepare_sharegpt4v
+from vila.prepare import llava_json
+from vila.prepare.llava_json import is_repetitive, prepare_llava_align, prepare_sharegpt4v, unpack_images
 
 
 def record(name: str, answer: str = "A cat.", **fields) -> dict:
@@ -89,7 +88,7 @@ def test_a_zip_with_members_outside_the_folder_is_refused(tmp_path, name):
 
 
 def test_zip_bombs_are_refused_by_announced_and_by_actual_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(llava_align, "MAX_MEMBER_BYTES", 10_000)
+    monkeypatch.setattr(llava_json, "MAX_MEMBER_BYTES", 10_000)
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.jpg", b"\0" * 1_000_000)

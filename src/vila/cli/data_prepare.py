@@ -253,7 +253,7 @@ def llava_align(
     decode_images: Decode = False,
 ) -> None:
     """Convert LLaVA-CC3M-Pretrain-595K; drops incomplete records."""
-    from vila.prepare.llava_align import prepare_llava_align
+    from vila.prepare.llava_json import prepare_llava_align
 
     _run(partial(prepare_llava_align, source, images, out, decode=decode_images), out)
 
@@ -269,7 +269,7 @@ def sharegpt4v(
     decode_images: Decode = False,
 ) -> None:
     """Convert ShareGPT4V; drops SA-1B images and repetitive answers."""
-    from vila.prepare.sharegpt4v import prepare_sharegpt4v
+    from vila.prepare.llava_json import prepare_sharegpt4v
 
     if decode_images and image_root is None:
         raise ConfigError("requires --image-root", field="--decode-images")
@@ -292,7 +292,7 @@ def m3it(
     work: WorkerOptions = WORK_5000,
 ) -> None:
     """Convert the training files of M3IT data sets to image-question-answer samples."""
-    from vila.prepare.m3it import prepare_m3it
+    from vila.prepare.vflan import prepare_m3it
 
     settings = work.settings()
     _run(partial(prepare_m3it, training_files(folder, sets or ()), out, **settings), out)
@@ -307,7 +307,7 @@ def flan(
     work: WorkerOptions = WORK_50_000,
 ) -> None:
     """Convert evenly spaced rows of FLAN parquet files."""
-    from vila.prepare.flan import prepare_flan
+    from vila.prepare.vflan import prepare_flan
 
     _run(partial(prepare_flan, sources, out, rows=num_rows, **work.settings()), out)
 
@@ -337,7 +337,7 @@ def training_files(folder: Path, chosen: Sequence[str]) -> dict[str, list[Path]]
     Files are those whose names begin with `train`; where a set has several kinds, the first of .jsonl, .jsonl.gz,
     .jsonl.zip, .parquet. Raises ConfigError naming every set without one.
     """
-    from vila.prepare.m3it import SETS
+    from vila.prepare.vflan import SETS
 
     known = [name for names in SETS.values() for name in names]
     for name in chosen:

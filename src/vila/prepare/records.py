@@ -1,4 +1,4 @@
-"""Read records of published files: JSON lines (plain, gzip, zip), parquet, and LLaVA's JSON lists.
+"""Read records of published files: JSON lines (plain, gzip, zip) and parquet.
 
 Truncated and damaged files and decompression bombs raise DataError.
 """
@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import gzip
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any, cast
 
-from vila.core.errors import DataError, MediaError
-from vila.core.files import sha256_file, write_json, write_jsonl
+from vila.core.errors import DataError
 from vila.core.optional import require
-from vila.core.progress import SILENT, Events, task
 from vila.core.reading import (
     bounded_lines,
     file_errors,
@@ -23,14 +21,8 @@ from vila.core.reading import (
     lone_surrogate,
     parse_json,
     read_head,
-    read_json,
 )
-from vila.core.types import Image
-from vila.data.formats.detect import guess_record
 from vila.data.readers.parquet import row_group_sizes
-from vila.media.image import open_image
-from vila.prepare.merge_shards import read_index
-from vila.prepare.work_units import Counts, check_settings, locked_output
 
 MAX_RATIO = 200
 """Maximum compression ratio. JSON text has ratios of 3 to 15, decompression bombs of 1000."""
@@ -156,108 +148,3 @@ def _json_lines(
             if not isinstance(record, dict):
                 raise DataError(file=name, record=f"line {number}", value=record, expected="an object ({...})")
             yield number, record
-
-
-MARKER = "<image>"
-Check = Callable[[dict[str, Any]], str]
-"""A record -> "" to keep it, or why it is dropped: the reason to count by, and optionally ": " and details."""
-
-
-def rewrite_json(
-    source: Path, out: Path, name: str, checks: Sequence[Check], settings: dict[str, Any], events: Events = SILENT
-) -> dict[str, Any]:
-    """Write `OUT/NAME.json` with the records of the JSON list `source` that pass all checks, unchanged and in order.
-
-    Dropped records are listed in `OUT/log/failures.jsonl`: row (from 1), id, reason, detail. Images are not copied.
-    Returns the index (`OUT/index.json`); a further call with the same settings reads it.
-    """
-    with locked_output(out, events=events):
-        check_settings(out, settings | {"source_bytes": source.stat().st_size})
-        if (out / "index.json").is_file():
-            return read_index(out)
-        counts, failures = Counts(), list[dict[str, Any]]()
-        kept = _kept_records(source, name, checks, counts, failures, events)
-        path = out / f"{name}.json"
-        write_json(path, kept, indent=None)
-        entry = {"file": path.name, "samples": len(kept), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        index = {"name": name, "kind": "llava_json", "shards": [entry], "counts": counts.as_json()}
-        write_jsonl(out / "log" / "failures.jsonl", failures)
-        write_json(out / "index.json", index)
-        events.log(f"{name}: {counts}")
-        return index
-
-
-def _kept_records(
-    source: Path, name: str, checks: Sequence[Check], counts: Counts, failures: list[dict[str, Any]], events: Events
-) -> list[Any]:
-    records = read_json(source, surrogates=True)
-    if not isinstance(records, list):
-        hint = f"it looks like {guess_record(records, '.json').text}" if isinstance(records, dict) else None
-        raise DataError("not a list of records", file=source, hint=hint)
-    kept = []
-    with task(events, name, len(records), "records"):
-        for row, record in enumerate(records, start=1):
-            if problem := _problem(record, checks):
-                reason, _, detail = problem.partition(": ")
-                counts.dropped[reason] += 1
-                identity = record.get("id") if isinstance(record, dict) else None
-                identity = None if text_problem(identity) else identity
-                failures.append({"row": row, "id": identity, "reason": reason, "detail": detail})
-            else:
-                kept.append(record)
-            events.advanced(name)
-    counts.read, counts.written = len(records), len(kept)
-    return kept
-
-
-def _problem(record: Any, checks: Sequence[Check]) -> str:
-    if not isinstance(record, dict):
-        return "not a record"
-    return next((problem for check in (text_problem, *checks) if (problem := check(record))), "")
-
-
-def conversation_problem(record: dict[str, Any]) -> str:
-    """Check that human and gpt alternate, no answer is empty, and there are as many `<image>` markers as images."""
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        return "no conversations"
-    speakers = [turn.get("from") for turn in turns]
-    if speakers != ["human", "gpt"] * (len(turns) // 2):
-        return f"not human and gpt in turn: {speakers[:6]}"
-    texts = [turn.get("value") for turn in turns]
-    if not all(isinstance(text, str) for text in texts):
-        return "a turn without text"
-    if not all(text.strip() for text in texts[1::2]):
-        return "an empty answer"
-    if any(MARKER in text for text in texts[1::2]):
-        return "an image in an answer"
-    markers = sum(text.count(MARKER) for text in texts)
-    images = len(image_paths(record))
-    return "" if markers == images else f"markers and images differ: {markers} markers, {images} images"
-
-
-def image_paths(record: dict[str, Any]) -> list[str]:
-    """Return the paths in `image`, which is absent, one path or a list."""
-    value = record.get("image") or []
-    return [str(one) for one in (value if isinstance(value, list) else [value])]
-
-
-def image_check(folder: Path, *, decode: bool) -> Check:
-    """Return a check that the images of a record are files below `folder` that can, if `decode`, be decoded."""
-    root = folder.resolve()
-
-    def check(record: dict[str, Any]) -> str:
-        for name in image_paths(record):
-            path = root / name
-            if PurePosixPath(name).is_absolute() or not path.resolve().is_relative_to(root):
-                return f"an image outside the folder: {name}"
-            if not path.is_file():
-                return f"an image is missing: {name}"
-            if decode:
-                try:
-                    open_image(Image(path))
-                except MediaError as error:
-                    return f"not an image: {error}"
-        return ""
-
-    return check
