@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from vila.cli import progress
-from vila.cli.progress import Screen, Throughput, write_count, write_facts
+from vila.cli.progress import Screen, write_count, write_facts
 from vila.core.errors import Interrupted
 from vila.core.progress import task
 
@@ -72,7 +72,6 @@ def test_a_log_has_lines_with_facts_and_the_time_left(monkeypatch):
     out = io.StringIO()
     screen = Screen(Console(width=80, file=out))
     screen.started("training", 100, "%")
-    screen._logs["training"].throughput.clock = clock
     for _ in range(5):
         screen.advanced("training", 1, step=3, loss=2.5)
         clock.now += 10
@@ -100,34 +99,25 @@ def test_the_last_line_of_a_log_says_how_the_work_ended(error, outcome):
     assert out.getvalue().splitlines()[-1] == f"training: {outcome} 0 s"
 
 
-def test_the_time_left_is_that_of_the_rate_of_late():
+def test_progress_of_an_earlier_run_does_not_count_for_the_time_left(monkeypatch):
     clock = Clock()
-    throughput = Throughput(1000, clock)
-    assert throughput.left() is None
-    throughput.add(500)  # an earlier session
-    assert throughput.left() is None
-    for seconds in [10] * 20 + [2] * 200:
-        clock.now += seconds
-        throughput.add(1)
-    # Worst of this: 2.12 s a unit after 200 of 2 s.
-    assert throughput.left() == pytest.approx((1000 - throughput.done) * 2, rel=0.1)
+    monkeypatch.setattr(progress.time, "monotonic", clock)
+    out = io.StringIO()
+    screen = Screen(Console(width=80, file=out))
+    screen.started("training", 1000)
+    for amount in (500, 1, 1):
+        screen.advanced("training", amount)
+        clock.now += 20
+    assert out.getvalue().splitlines()[-1] == "training: 502/1,000  2\N{NO-BREAK SPACE}h 46\N{NO-BREAK SPACE}min left"
 
 
-def test_the_time_left_falls_between_reports():
+def test_without_a_total_no_time_is_shown(monkeypatch):
     clock = Clock()
-    throughput = Throughput(100, clock)
-    for _ in range(11):
-        throughput.add(1)
-        clock.now += 60
-    assert throughput.left() == pytest.approx(89 * 60 - 60)
-    clock.now += 10_000
-    assert throughput.left() == 0
-
-
-def test_without_a_total_no_time_is_told():
-    clock = Clock()
-    throughput = Throughput(None, clock)
+    monkeypatch.setattr(progress.time, "monotonic", clock)
+    out = io.StringIO()
+    screen = Screen(Console(width=80, file=out))
+    screen.started("files", unit="files")
     for _ in range(3):
-        throughput.add(1)
-        clock.now += 5
-    assert throughput.left() is None
+        screen.advanced("files")
+        clock.now += 20
+    assert out.getvalue().splitlines()[-1] == "files: 3 files"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import TracebackType
 
 from rich.console import Console, RenderableType
@@ -23,52 +23,11 @@ from rich.text import Text
 from vila.core.progress import Outcome
 from vila.report.numbers import write_seconds
 
-_DECAY = 0.95
-"""Weight of earlier rate measurements when a new one is added (exponential moving average)."""
-_MIN_S = 1.0
-_MIN_FRACTION = 0.01
-"""Minimum duration of a rate measurement, in seconds and as a fraction of the elapsed time."""
-
-
-class Throughput:
-    """Moving-average throughput and remaining time of a task with `total` units.
-
-    The first amount does not count for the rate: it may be the progress of an earlier run. clock: seconds.
-    """
-
-    def __init__(self, total: int | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self.total, self.clock = total, clock
-        self.done = 0
-        self._seconds = self._units = 0.0  # exponentially weighted sums
-        self._began: float | None = None
-        self._since = 0.0
-        self._waiting = 0
-
-    def add(self, amount: int) -> None:
-        """Add finished units."""
-        self.done += amount
-        now = self.clock()
-        if self._began is None:
-            self._began = self._since = now
-            return
-        self._waiting += amount
-        seconds = now - self._since
-        if self._waiting and seconds >= max(_MIN_S, _MIN_FRACTION * (now - self._began)):
-            self._seconds = _DECAY * self._seconds + seconds
-            self._units = _DECAY * self._units + self._waiting
-            self._since, self._waiting = now, 0
-
-    def left(self) -> float | None:
-        """Return the estimated seconds to the end; None while total or rate is unknown."""
-        if self.total is None or not self._units:
-            return None
-        rest = self.total - self.done + self._waiting
-        return max(0.0, rest * self._seconds / self._units - (self.clock() - self._since))
-
-
 _LOG_EVERY_S = 15.0
 _LOG_LATER_S = 60.0
 """Seconds between log lines of a task: in its first ten minutes, and later."""
+_SPEED_WINDOW_S = 3600.0
+"""Updates of this time, at most 1,000, determine the rate; without it, slow steps would have none."""
 _BEHIND = ("tokens/s", "GiB")
 """Metrics that are written as a number with a unit."""
 
@@ -86,10 +45,11 @@ class Screen:
             TimeElapsedColumn(Column(no_wrap=True)),
             _Left(Column(no_wrap=True)),
             console=self.console,
+            speed_estimate_period=_SPEED_WINDOW_S,
+            get_time=time.monotonic,
         )
         self._live = self.console.is_terminal
         self._tasks: dict[str, TaskID] = {}
-        self._logs: dict[str, _Log] = {}
 
     def __enter__(self) -> Screen:
         if self._live:
@@ -104,26 +64,20 @@ class Screen:
 
     def started(self, task: str, total: int | None = None, unit: str = "") -> None:
         """Add a bar, or print a log line."""
-        if self._live:
-            self._tasks[task] = self._bars.add_task(
-                task, total=total, unit=unit, facts="", throughput=Throughput(total)
-            )
-        else:
-            self._logs[task] = _Log(total, unit)
+        self._tasks[task] = self._bars.add_task(task, total=total, unit=unit, facts="", logged_s=0.0)
+        if not self._live:
             self.console.print(f"{task} ...", markup=False)
 
     def advanced(self, task: str, amount: int = 1, **facts: float | str) -> None:
         """Advance the bar, or print a log line every few seconds."""
-        text = write_facts(facts)
-        if self._live:
-            number = self._tasks[task]
-            self._bars.tasks[self._bars.task_ids.index(number)].fields["throughput"].add(amount)
-            self._bars.update(number, advance=amount, **({"facts": text} if text else {}))  # type: ignore[arg-type]
-            return
-        log = self._logs[task]
-        log.throughput.add(amount)
-        if log.is_due():
-            words = [f"{task}: {write_count(log.throughput.done, log.total, log.unit)}", text, log.left()]
+        number, text = self._tasks[task], write_facts(facts)
+        self._bars.update(number, advance=amount, **({"facts": text} if text else {}))  # type: ignore[arg-type]
+        bar = self._bar(number)
+        elapsed_s = bar.elapsed or 0.0
+        interval_s = _LOG_EVERY_S if elapsed_s < 600 else _LOG_LATER_S
+        if not self._live and elapsed_s - bar.fields["logged_s"] >= interval_s:
+            bar.fields["logged_s"] = elapsed_s
+            words = [f"{task}: {_done(bar)}", text, _left(bar)]
             self.console.print("  ".join(filter(None, words)), markup=False, soft_wrap=True)
 
     def log(self, text: str) -> None:
@@ -132,16 +86,16 @@ class Screen:
 
     def finished(self, task: str, outcome: Outcome = "done") -> None:
         """Stop the bar; remove it if it belongs to another running task."""
-        if self._live:
-            number = self._tasks.pop(task)
-            self._bars.stop_task(number)
-            if self._tasks:
-                self._bars.remove_task(number)
-        else:
-            log = self._logs.pop(task)
-            seconds = time.monotonic() - log.began
+        number = self._tasks.pop(task)
+        self._bars.stop_task(number)
+        if not self._live:
             how = "done in" if outcome == "done" else f"{outcome} after"
-            self.console.print(f"{task}: {how} {seconds:.0f} s", markup=False)
+            self.console.print(f"{task}: {how} {self._bar(number).elapsed or 0.0:.0f} s", markup=False)
+        if self._tasks or not self._live:
+            self._bars.remove_task(number)
+
+    def _bar(self, number: TaskID) -> Task:
+        return self._bars.tasks[self._bars.task_ids.index(number)]
 
 
 def write_facts(facts: dict[str, float | str]) -> str:
@@ -192,8 +146,7 @@ class _Count(ProgressColumn):
     """Column with the number of finished units."""
 
     def render(self, task: Task) -> Text:
-        total = None if task.total is None else int(task.total)
-        return Text(write_count(int(task.completed), total, task.fields["unit"]), style="progress.download")
+        return Text(_done(task), style="progress.download")
 
 
 class _Left(ProgressColumn):
@@ -202,26 +155,14 @@ class _Left(ProgressColumn):
     max_refresh = 0.5
 
     def render(self, task: Task) -> Text:
-        seconds = None if task.finished else task.fields["throughput"].left()
-        return Text("" if seconds is None else f"{write_seconds(seconds)} left", style="progress.remaining")
+        return Text("" if task.finished else _left(task), style="progress.remaining")
 
 
-class _Log:
-    """State of a task in a log."""
+def _done(task: Task) -> str:
+    return write_count(int(task.completed), None if task.total is None else int(task.total), task.fields["unit"])
 
-    def __init__(self, total: int | None, unit: str) -> None:
-        self.total, self.unit = total, unit
-        self.throughput = Throughput(total)
-        self.began = self.shown = time.monotonic()
 
-    def is_due(self) -> bool:
-        """Return whether a line is due, and start the next interval if so."""
-        now = time.monotonic()
-        due = now - self.shown >= (_LOG_EVERY_S if now - self.began < 600 else _LOG_LATER_S)
-        if due:
-            self.shown = now
-        return due
-
-    def left(self) -> str:
-        seconds = self.throughput.left()
-        return "" if seconds is None else f"{write_seconds(seconds)} left"
+def _left(task: Task) -> str:
+    """Return the remaining time; empty while unknown. rich skips the first update, which may be of an earlier run."""
+    seconds = task.time_remaining
+    return "" if seconds is None else f"{write_seconds(seconds)} left"
