@@ -24,7 +24,7 @@ SECTIONS = {
 
 @pytest.fixture
 def result(tmp_path):
-    path = tmp_path / "shape.png"
+    path = (tmp_path / "shape.png").as_posix()
     Image.new("RGB", (64, 64), "teal").save(path)
     stage = {"title": None, "tune": ["projector"], "tokens": 4000, "steps": 2, "seconds": 61.0}
     return {
@@ -52,7 +52,6 @@ def result(tmp_path):
                      "answer": "teal", "truth": "teal"},
         "validation_accuracy": 0.9742,
         "seed": 7,
-        "versions": {"vila": "0.1.0"},
         "commands": {"Ask it": "vila ask runs/starter image.png"},
     }  # fmt: skip
 
@@ -94,14 +93,10 @@ def test_json_holds_the_same_result(result, tmp_path):
     assert headings(render_report(back).render()) == headings(render_report(result).render())
 
 
-def test_json_omits_image_bytes_and_numbers_that_are_not_finite(result, tmp_path):
-    result["examples"][0]["image"] = (tmp_path / "shape.png").read_bytes()
-    result["few_shot"]["images"] = [Image.new("RGB", (2, 2))]
+def test_numbers_of_the_json_that_are_not_finite_are_null(result, tmp_path):
     result["stages"][0]["loss"][0][1] = math.nan
     write_report(result, tmp_path)
-    back = read_json(tmp_path / "report.json")
-    assert "image" not in back["examples"][0] and back["few_shot"]["images"] == []
-    assert back["stages"][0]["loss"][0] == [2000, None]
+    assert read_json(tmp_path / "report.json")["stages"][0]["loss"][0] == [2000, None]
 
 
 def test_text_of_the_model_is_escaped_and_plots_are_valid_xml(result):
@@ -149,7 +144,7 @@ def test_token_counts_that_restart_with_each_stage_are_concatenated(result, monk
 def test_a_report_that_fails_leaves_the_old_one_untouched(result, tmp_path):
     write_report(result, tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.glob("report.*")}
-    result["examples"][1]["image"] = tmp_path / "gone.png"
+    result["examples"][1]["image"] = str(tmp_path / "gone.png")
     with pytest.raises(MediaError) as caught:
         write_report(result, tmp_path)
     assert "gone.png" in str(caught.value)
@@ -160,7 +155,3 @@ def test_a_report_that_fails_leaves_the_old_one_untouched(result, tmp_path):
 def test_a_model_below_the_blind_baseline_is_reported(result):
     html = render_report({**result, "accuracy": 0.6, "swapped_accuracy": 0.61}).render()
     assert "7.0 points below" in html and "61.0\xa0%" in html
-
-
-def test_commands_may_be_a_plain_list(result):
-    assert "vila serve x" in render_report({"commands": ["vila serve x"]}).render()

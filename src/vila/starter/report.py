@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
-
-from PIL import Image as PilImage
 
 from vila.core.files import resolve_path, write_json
 from vila.report.html import Card, Figure, Page
@@ -22,8 +20,8 @@ def write_report(result: dict[str, Any], folder: Path) -> None:
     """Write `report.html` and `report.json` to `folder`, atomically.
 
     result: return value of `Quickstart.run`. Accuracies are fractions, times seconds, losses nats per token. Sections
-            of absent keys are omitted. Image paths are relative to `folder`. The JSON file has the same content without
-            image data; numbers that are not finite become null.
+            of absent keys are omitted. Image paths are relative to `folder`. In the JSON file, numbers that are not
+            finite become null.
     Raises MediaError if an image cannot be read.
     """
     render_report(with_images(result, folder)).save(folder / "report.html")
@@ -61,20 +59,12 @@ def render_report(result: Result) -> Page:
 
 
 def plain(value: Any) -> Any:
-    """Convert `value` to JSON types: paths become text, images are dropped, numbers that are not finite become null."""
+    """Return `value` with null in place of numbers that are not finite."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items() if not _is_image(item)}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value if not _is_image(item)]
-    if isinstance(value, PurePath):
-        return value.as_posix()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value
-
-
-def _is_image(value: Any) -> bool:
-    return isinstance(value, (bytes, PilImage.Image))
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _subtitle(result: Result) -> str:
@@ -106,7 +96,7 @@ def _headline(page: Page, result: Result) -> None:
     if swapped is not None:
         tiles["with swapped images"] = Figure(write_percent(swapped), "the same questions about another image")
     if seconds := result.get("seconds"):
-        tiles["total time"] = Figure(write_seconds(_total(seconds)), "data, training, evaluation")
+        tiles["total time"] = Figure(write_seconds(sum(seconds.values())), "data, training, evaluation")
     if tiles:
         page.figures(tiles)
     if accuracy is not None and blind is not None:
@@ -237,22 +227,16 @@ def _perplexity(page: Page, result: Result) -> None:
 
 
 def _cost(page: Page, result: Result) -> None:
-    seconds, machine, versions = (result.get(key) or {} for key in ("seconds", "machine", "versions"))
-    speed = result.get("tokens_per_second") or {}
-    if not (seconds or machine or versions or speed):
+    seconds, machine = (result.get(key) or {} for key in ("seconds", "machine"))
+    if not (seconds or machine):
         return
     page.section("Time and machine")
     if seconds:
-        steps = [Group(step, {"time": value}) for step, value in seconds.items() if step != "total"]
-        page.plot(bar_plot(steps, title=f"Time by step ({write_seconds(_total(seconds))})", write=write_seconds))
-    named = {stage["name"]: _title(stage) for stage in result.get("stages") or []}
-    rest = {named.get(name, name): value for name, value in speed.items() if not named or name not in named}
-    if rest:
-        page.table(["stage", "tokens per second"], [[name, round(value)] for name, value in rest.items()])
+        steps = [Group(step, {"time": value}) for step, value in seconds.items()]
+        title = f"Time by step ({write_seconds(sum(seconds.values()))})"
+        page.plot(bar_plot(steps, title=title, write=write_seconds))
     if machine:
         page.table((), [(name.replace("memory_gib", "memory, GiB"), _join(value)) for name, value in machine.items()])
-    if versions:
-        page.details("Versions").table((), [(name, _join(value)) for name, value in versions.items()])
 
 
 def _int4(page: Page, result: Result) -> None:
@@ -280,23 +264,15 @@ def _int4(page: Page, result: Result) -> None:
 
 
 def _next_steps(page: Page, result: Result) -> None:
-    commands = result.get("commands") or ()
-    if not commands:
-        return
-    page.section("Next steps")
-    pairs: Sequence[tuple[str, str]] = (
-        list(commands.items()) if isinstance(commands, Mapping) else [("", command) for command in commands]
-    )
-    for purpose, command in pairs:
+    commands = result.get("commands") or {}
+    if commands:
+        page.section("Next steps")
+    for purpose, command in commands.items():
         page.code(command, purpose)
 
 
 def _title(stage: Result) -> str:
     return str(stage.get("title") or stage["name"])
-
-
-def _total(seconds: Mapping[str, float]) -> float:
-    return seconds["total"] if "total" in seconds else sum(seconds.values())
 
 
 def _same(answer: str, truth: str) -> bool:
