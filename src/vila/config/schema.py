@@ -105,11 +105,8 @@ class Stage(Config):
         if self.lora.rank and "vision" in self.tune:
             raise Conflict("lora.rank excludes vision in tune", "lora.rank", "tune")
         if self.lora.rank and self.llm_parts:
-            raise Conflict(
-                "llm_parts excludes adapters; set lora.targets, or lora.rank=0",
-                "lora.rank",
-                "llm_parts",
-            )
+            text = "llm_parts excludes adapters; set lora.targets, or lora.rank=0"
+            raise Conflict(text, "lora.rank", "llm_parts")
         return self
 
 
@@ -344,38 +341,20 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        conflicts: list[Conflict] = []
-
-        def refuse(text: str, *fields: str) -> None:
-            conflicts.append(Conflict(text, *fields))
-
         packing = self.data.packing
         wanted, other = ("rows", "samples") if packing == "rows" else ("samples", "rows")
-        if not getattr(self.batch, wanted) or getattr(self.batch, other):
-            refuse(
-                f"data.packing={packing} needs batch.{wanted} > 0 and batch.{other}=0",
-                "data.packing",
-                f"batch.{wanted}",
-                f"batch.{other}",
-            )
-        if self.compute.feature_cache and "vision" in self.stage.tune:
-            refuse(
-                "compute.feature_cache excludes vision in stage.tune",
-                "compute.feature_cache",
-                "stage.tune",
-            )
-        if self.stage.lora.rank and not self.model.path:
-            refuse(
-                "stage.lora needs model.path, the base model of the adapters",
-                "stage.lora.rank",
-                "model.llm",
-            )
-        if self.output.keep_best and not self.monitor.eval_every_steps:
-            refuse(
-                "output.keep_best needs monitor.eval_every_steps > 0",
-                "output.keep_best",
-                "monitor.eval_every_steps",
-            )
+        is_batch_wrong = not getattr(self.batch, wanted) or getattr(self.batch, other)
+        rules = (
+            (is_batch_wrong, f"data.packing={packing} needs batch.{wanted} > 0 and batch.{other}=0",
+             "data.packing", f"batch.{wanted}", f"batch.{other}"),
+            (self.compute.feature_cache and "vision" in self.stage.tune,
+             "compute.feature_cache excludes vision in stage.tune", "compute.feature_cache", "stage.tune"),
+            (self.stage.lora.rank and not self.model.path,
+             "stage.lora needs model.path, the base model of the adapters", "stage.lora.rank", "model.llm"),
+            (self.output.keep_best and not self.monitor.eval_every_steps,
+             "output.keep_best needs monitor.eval_every_steps > 0", "output.keep_best", "monitor.eval_every_steps"),
+        )  # fmt: skip
+        conflicts = [Conflict(text, *fields) for is_broken, text, *fields in rules if is_broken]
         if conflicts:
             fields = dict.fromkeys(field for conflict in conflicts for field in conflict.fields)
             raise Conflict("; ".join(map(str, conflicts)), *fields)

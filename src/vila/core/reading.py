@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, TypeVar, cast
 
 from vila.core.errors import MISSING, DataError, VilaError
+
+T = TypeVar("T")
 
 MAX_RECORD_BYTES: Final = 256 * 2**20
 """Maximum size of a record: a line of JSON lines, an element of a JSON list, a JSON member of a tar."""
@@ -307,61 +309,44 @@ class Fields(Mapping[str, Any]):
 
     def integer(self, key: str, default: Any = MISSING, *, minimum: int = 0, maximum: int = 2**31 - 1) -> int:
         """Return an integer from `minimum` to `maximum`."""
-        value: int = self._checked(
-            key,
-            default,
-            lambda value: _is_int(value) and minimum <= value <= maximum,
-            f"an integer from {minimum:,} to {maximum:,}",
-        )
-        return value
+        expected = f"an integer from {minimum:,} to {maximum:,}"
+        return self._checked(int, key, default, expected, lambda value: _is_int(value) and minimum <= value <= maximum)
 
     def number(self, key: str, default: Any = MISSING, *, minimum: float = 0.0, maximum: float = 1e9) -> float:
         """Return an integer or float from `minimum` to `maximum`."""
-        value: float = self._checked(
-            key, default, lambda value: _in_range(value, minimum, maximum), f"a number from {minimum:g} to {maximum:g}"
-        )
-        return value
+        expected = f"a number from {minimum:g} to {maximum:g}"
+        return self._checked(float, key, default, expected, lambda value: _in_range(value, minimum, maximum))
 
     def numbers(
         self, key: str, default: Any = MISSING, *, length: int, minimum: float = 0.0, maximum: float = 1e9
     ) -> tuple[float, ...]:
         """Return a tuple of `length` numbers from `minimum` to `maximum`."""
-        value = self._checked(
-            key,
-            default,
-            lambda value: _is_list(value, length) and all(_in_range(item, minimum, maximum) for item in value),
-            f"a list of {length} numbers from {minimum:g} to {maximum:g}",
-        )
+
+        def is_accepted(value: Any) -> bool:
+            return len(value) == length and all(_in_range(item, minimum, maximum) for item in value)
+
+        expected = f"a list of {length} numbers from {minimum:g} to {maximum:g}"
+        value = self._checked(list, key, default, expected, is_accepted)
         return tuple(value) if isinstance(value, list) else value
 
     def flag(self, key: str, default: Any = MISSING) -> bool:
         """Return true or false."""
-        value: bool = self._checked(key, default, lambda value: isinstance(value, bool), "true or false")
-        return value
+        return self._checked(bool, key, default, "true or false")
 
     def text(self, key: str, default: Any = MISSING, *, choices: Sequence[str] = ()) -> str:
         """Return text, one of `choices` if given."""
-        value: str = self._checked(
-            key,
-            default,
-            lambda value: isinstance(value, str) and (not choices or value in choices),
-            "one of " + ", ".join(choices) if choices else "text",
-        )
-        return value
+        expected = "one of " + ", ".join(choices) if choices else "text"
+        return self._checked(str, key, default, expected, lambda value: not choices or value in choices)
 
     def texts(self, key: str, default: Any = MISSING) -> list[str]:
         """Return a list of texts."""
-        value: list[str] = self._checked(
-            key,
-            default,
-            lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
-            "a list of texts",
+        return self._checked(
+            list, key, default, "a list of texts", lambda value: all(isinstance(item, str) for item in value)
         )
-        return value
 
     def section(self, key: str) -> Fields:
         """Return the object at `key`; an empty one if it is missing or null."""
-        value = self._checked(key, {}, lambda value: isinstance(value, dict), "an object ({...})")
+        value = self._checked(dict, key, {}, "an object ({...})")
         return Fields(value, self.file, self.field(key), self._error)
 
     @contextmanager
@@ -384,13 +369,21 @@ class Fields(Mapping[str, Any]):
         values = {key: value for key, value in self._values.items() if key not in keys}
         return Fields(values, self.file, self.name, self._error)
 
-    def _checked(self, key: str, default: Any, is_accepted: Callable[[Any], bool], expected: str) -> Any:
-        value = self._values.get(key)
+    def _checked(
+        self,
+        kind: type[T],
+        key: str,
+        default: Any,
+        expected: str,
+        is_accepted: Callable[[Any], bool] = lambda value: True,
+    ) -> T:
+        """Return a value of the given type. An integer is accepted as a float, if `is_accepted` does."""
+        value: Any = self._values.get(key)
         if value is None and default is not MISSING:
-            return default
-        if not is_accepted(value):
+            value = default
+        elif not isinstance(value, (int, float) if kind is float else kind) or not is_accepted(value):
             raise self.refusal(key, expected=expected)
-        return value
+        return cast(T, value)
 
 
 def _is_int(value: Any) -> bool:
@@ -399,7 +392,3 @@ def _is_int(value: Any) -> bool:
 
 def _in_range(value: Any, minimum: float, maximum: float) -> bool:
     return (_is_int(value) or isinstance(value, float)) and minimum <= value <= maximum
-
-
-def _is_list(value: Any, length: int) -> bool:
-    return isinstance(value, list) and len(value) == length
