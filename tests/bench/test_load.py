@@ -17,11 +17,10 @@ from fastapi.responses import JSONResponse, StreamingResponse  # noqa: E402
 from vila.bench.serve import (  # noqa: E402
     Server,
     Timing,
-    closed_loop,
     make_requests,
     measure,
-    open_loop,
     percentiles,
+    run_load,
     save,
     served_model,
     summarise,
@@ -106,7 +105,7 @@ def ask(text="hello", count=1):
 
 def test_closed_loop_keeps_the_concurrency(known):
     state, server = known
-    timings = asyncio.run(closed_loop(server, ask(count=9), 3))
+    timings = asyncio.run(run_load(server, ask(count=9), clients=3))
     assert state.most_open == len(state.ports) == 3
     assert len(timings) == 9 and all(timing.answered for timing in timings)
     assert {timing.tokens for timing in timings} == {WORDS}
@@ -119,14 +118,14 @@ def test_closed_loop_keeps_the_concurrency(known):
 
 def test_open_loop_does_not_wait_for_answers(known):
     state, server = known
-    timings = asyncio.run(open_loop(server, ask(count=10), 200.0, seed=3))
+    timings = asyncio.run(run_load(server, ask(count=10), rate=200.0, seed=3))
     assert len(timings) == 10 and all(timing.answered for timing in timings)
     assert state.most_open > 4  # ten arrive in about 50 ms, an answer takes 100
 
 
 def test_open_loop_limits_requests_in_flight(known):
     state, server = known
-    timings = asyncio.run(open_loop(server, ask(count=6), 1000.0, max_connections=1))
+    timings = asyncio.run(run_load(server, ask(count=6), rate=1000.0, clients=1))
     assert state.most_open == 1
     waits = sorted(timing.end - timing.start for timing in timings)
     assert waits[-1] > 4 * WORDS * PAUSE
@@ -135,18 +134,18 @@ def test_open_loop_limits_requests_in_flight(known):
 def test_closed_loop_retries_after_429(known):
     state, server = known
     state.refuse = 2
-    (timing,) = asyncio.run(closed_loop(server, ask(), 1))
+    (timing,) = asyncio.run(run_load(server, ask(), clients=1))
     assert timing.answered and timing.retries == 2
     assert timing.end - timing.start >= 2 * 0.05 + WORDS * PAUSE
     state.refuse = 1
-    (timing,) = asyncio.run(open_loop(server, ask(), 100.0))
+    (timing,) = asyncio.run(run_load(server, ask(), rate=100.0))
     assert (timing.status, timing.answered, timing.problem) == (429, False, "queue full")
 
 
 def test_failures_are_counted(known):
     _, server = known
-    timings = asyncio.run(closed_loop(server, [*ask("fail", 2), *ask("break"), *ask()], 2))
-    timings += asyncio.run(closed_loop(Server("http://127.0.0.1:9/v1", "known"), ask(), 1))
+    timings = asyncio.run(run_load(server, [*ask("fail", 2), *ask("break"), *ask()], clients=2))
+    timings += asyncio.run(run_load(Server("http://127.0.0.1:9/v1", "known"), ask(), clients=1))
     summary = summarise("4 clients", timings)
     found = dict(summary.problems)
     assert found["400: no such thing"] == 2
@@ -158,7 +157,7 @@ def test_failures_are_counted(known):
 def test_invalid_events_are_failures(known):
     _, server = known
     requests = [request for number in range(len(ODD)) for request in ask(f"odd{number}")]
-    timings = asyncio.run(closed_loop(server, requests, 4))
+    timings = asyncio.run(run_load(server, requests, clients=4))
     assert all(timing.problem and not timing.answered for timing in timings)
 
 

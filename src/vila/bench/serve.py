@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import cycle, islice
+from itertools import accumulate, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ Request = dict[str, Any]
 
 PERCENTILES = (50, 95, 99)
 _TIMEOUT_S = 600.0
+_MAX_IN_FLIGHT = 1000
 _MIN_RETRY_S, _MAX_RETRY_S = 0.05, 30.0
 _TOKENS_PER_WORD = 1.35
 _IMAGE_SIZE = 224
@@ -79,11 +80,11 @@ class Server:
     key: str = ""
 
     def connect(self, max_connections: int) -> httpx2.AsyncClient:
-        """Return an HTTP client; requests beyond `max_connections` wait for a connection."""
+        """Return an HTTP client."""
         return httpx2.AsyncClient(
             base_url=self.base,
             headers=_authorization(self.key),
-            timeout=httpx2.Timeout(_TIMEOUT_S, pool=None),
+            timeout=_TIMEOUT_S,
             limits=httpx2.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
             trust_env=False,
         )
@@ -102,47 +103,38 @@ def served_model(base: str, key: str = "") -> str:
         raise ConfigError(f"not an OpenAI-compatible server ({error})", file=f"{base}/models") from error
 
 
-async def closed_loop(
-    server: Server, requests: Sequence[Request], clients: int, advance: Callable[[], None] = lambda: None
+async def run_load(
+    server: Server,
+    requests: Sequence[Request],
+    *,
+    clients: int = 0,
+    rate: float = 0.0,
+    seed: int = 0,
+    advance: Callable[[], None] = lambda: None,
 ) -> list[Timing]:
-    """Keep `clients` requests in flight; retry after 429 as the Retry-After header says.
+    """Send all requests, with at most `clients` in flight (0: 1000), and return their timings.
 
+    rate:    open loop: a Poisson process of this many requests per second, independent of the answers. Requests that
+             wait are timed from their scheduled start, and a 429 counts as a failure. 0: closed loop, in which each
+             request follows an answer and is sent again after a 429, as the Retry-After header says.
     advance: called after every answer.
     """
-    in_flight = asyncio.Semaphore(clients)
+    draw = random.Random(seed)
+    limit = clients or _MAX_IN_FLIGHT
+    in_flight = asyncio.Semaphore(limit)
 
-    async def ask_in_turn(request: Request) -> Timing:
+    async def send(request: Request, due: float) -> Timing:
+        await asyncio.sleep(due - time.perf_counter())
         async with in_flight:
-            timing = await ask(http, server.model, request, retry=True)
+            timing = await ask(http, server.model, request, due=due, retry=not rate)
         advance()
         return timing
 
-    async with server.connect(clients) as http:
-        return await asyncio.gather(*map(ask_in_turn, requests))
-
-
-async def open_loop(
-    server: Server,
-    requests: Sequence[Request],
-    rate: float,
-    seed: int = 0,
-    advance: Callable[[], None] = lambda: None,
-    max_connections: int = 1000,
-) -> list[Timing]:
-    """Send requests as a Poisson process of `rate` per second, independent of the answers.
-
-    With `max_connections` requests in flight further ones wait, timed from their scheduled start. A 429 counts as a
-    failure.
-    """
-    draw = random.Random(seed)
-    async with server.connect(max_connections) as http, asyncio.TaskGroup() as group:
-        tasks, due = [], time.perf_counter()
-        for request in requests:
-            due += draw.expovariate(rate)
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            tasks.append(group.create_task(ask(http, server.model, request, due=due)))
-            tasks[-1].add_done_callback(lambda _: advance())
-    return [done.result() for done in tasks]
+    dues = [0.0] * len(requests)
+    if rate:
+        dues = list(accumulate((draw.expovariate(rate) for _ in requests), initial=time.perf_counter()))[1:]
+    async with server.connect(limit) as http:
+        return await asyncio.gather(*map(send, requests, dues))
 
 
 async def ask(
@@ -303,13 +295,13 @@ def measure(
 
     Two requests precede the measurement, to warm up the server.
     """
-    asyncio.run(closed_loop(server, requests[:2], 1))
-    loads: list[tuple[str, Any]] = [(f"{n} client{'s' * (n != 1)}", partial(closed_loop, clients=n)) for n in clients]
-    loads += [(f"{rate:g} a second", partial(open_loop, rate=rate, seed=seed)) for rate in rates]
+    asyncio.run(run_load(server, requests[:2], clients=1))
+    loads: list[tuple[str, dict[str, Any]]] = [(f"{n} client{'s' * (n != 1)}", {"clients": n}) for n in clients]
+    loads += [(f"{rate:g} a second", {"rate": rate, "seed": seed}) for rate in rates]
     out = []
-    for load, run in loads:
+    for load, options in loads:
         with task(events, load, len(requests), "answers"):
-            timings = asyncio.run(run(server, requests, advance=partial(events.advanced, load)))
+            timings = asyncio.run(run_load(server, requests, **options, advance=partial(events.advanced, load)))
         out.append(summarise(load, timings))
     return out
 
