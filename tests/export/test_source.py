@@ -58,7 +58,7 @@ def test_a_search_of_another_model_is_an_error(tmp_path):
     assert "96 channels" in caught.value.problem and caught.value.hint
     bad = AwqSearch((ChannelScale("model.layers.0.input_layernorm", (), torch.full((64,), float("nan"))),), ())
     with pytest.raises(LayoutError):
-        all_weights(ExportSource(open_checkpoint(tmp_path / "m"), bad))
+        all_weights(ExportSource(**vars(open_checkpoint(tmp_path / "m")), search=bad))
 
 
 def test_a_value_that_is_not_finite_in_float16_is_an_error(tmp_path):

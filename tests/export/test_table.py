@@ -12,7 +12,6 @@ from vila.core.vision_spec import VisionSpec
 from vila.export.base import EXPORTS, ExportOptions, resolve_options
 from vila.export.source import ExportSource
 from vila.model.config import VilaConfig
-from vila.model.layouts.base import Checkpoint
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
 from vila.model.weights import TensorRef, published_state_dict
@@ -76,7 +75,7 @@ def source_of(tower, llm, projector, layer, feature, tokens):
     # The LLaMA tokenizer is slow, and only one format of this model needs it.
     tokenizer = llama_tokenizer() if tower is _CLIP and projector == "mlp2x_gelu" else tiny.tokenizer()
     processor = VilaProcessor(tokenizer, vision_spec=spec, template="vicuna_v1")
-    return ExportSource(Checkpoint(Path("model"), config, processor, tensors))
+    return ExportSource(Path("model"), config, processor, tensors)
 
 
 def cell(name, source):

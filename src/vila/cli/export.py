@@ -78,7 +78,7 @@ def export(
         rounds = asked.precision.startswith("int4") and "group_size" in EXPORTS[format_name].options
         if (
             rounds
-            and not source.checkpoint.int4
+            and not source.int4
             and not group_size
             and (size := choose_group_size(source, asked)) != DEFAULT_GROUP
         ):

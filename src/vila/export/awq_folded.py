@@ -18,7 +18,7 @@ def _problems(source: ExportSource, options: ExportOptions) -> list[str]:
 def _write(source: ExportSource, part: Path, options: ExportOptions) -> None:
     dtype = None if options.precision == "as-is" else getattr(torch, options.precision)
     write_tensors(part, (one.copied(name, dtype or one.dtype) for name, one in llava_tensors(source).items()))
-    write_llava_files(source, part, dtype or source.dtype, {})
+    write_llava_files(source, part, dtype or source.main_dtype, {})
 
 
 def _readme(source: ExportSource, options: ExportOptions) -> Readme:

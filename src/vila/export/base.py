@@ -236,8 +236,8 @@ def choose_group_size(source: ExportSource, options: ExportOptions) -> int:
 
     The largest of 128, 64 and 32 that divides the inputs of all decoder Linears; 128 if none does.
     """
-    if source.checkpoint.int4:
-        return next(iter(source.checkpoint.int4.values())).group_size
+    if source.int4:
+        return next(iter(source.int4.values())).group_size
     searched = source.search.settings.get("group_size") if source.search is not None else None
     return options.group_size or searched or _fitting_group(source)
 
@@ -318,7 +318,7 @@ def _search_problems(source: ExportSource, options: ExportOptions, symmetric: bo
 
 def _packed_problems(source: ExportSource, options: ExportOptions, symmetric: bool) -> list[str]:
     """Return why the codes of an INT4 model cannot be copied."""
-    held = source.checkpoint.int4
+    held = source.int4
     if not held:
         return []
     out, sizes = [], sorted({one.group_size for one in held.values()})

@@ -91,7 +91,7 @@ def llm_tensors(source: ExportSource, precision: str) -> list[GgufTensor]:
     llama-quantize does the same. A matrix whose rows are not whole blocks of 32 is F16.
     """
     config = source.config.text_config
-    packed = {f"{name}.weight": weight for name, weight in source.checkpoint.int4.items()}
+    packed = {f"{name}.weight": weight for name, weight in source.int4.items()}
     tensors = []
     for name in sorted([*source.tensors, *packed], key=_order):
         if not name.startswith(LLM) or (name == f"{LLM}lm_head.weight" and source.is_tied):

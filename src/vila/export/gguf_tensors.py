@@ -105,7 +105,7 @@ _KEEPS = ("f16", "q4_1")
 
 def kept_int4_problems(source: ExportSource, precision: str) -> list[str]:
     """Return why the INT4 weights of a model cannot be stored in a precision without quantizing them again."""
-    held = source.checkpoint.int4
+    held = source.int4
     if not held:
         return []
     if precision not in _KEEPS:
@@ -118,7 +118,7 @@ def kept_int4_problems(source: ExportSource, precision: str) -> list[str]:
 
 def int4_chunks(source: ExportSource, name: str, type_: TensorType) -> Iterator[Tensor]:
     """Yield an INT4 Linear in one chunk: float32 [O, I], or encoded as Q4_1, uint8 [O, I / 32 * 20]."""
-    for _, weight in read_packed({name: source.checkpoint.int4[name]}):
+    for _, weight in read_packed({name: source.int4[name]}):
         yield q4_1_blocks(weight) if type_ == TensorType.Q4_1 else dequantize(weight)
 
 

@@ -80,7 +80,7 @@ def write_llava_files(source: ExportSource, part: Path, dtype: torch.dtype, extr
     facts = files.llava_config(config, source.processor, image_id, _rows(source, image_id))
     write_json(part / "config.json", {**facts, **extra}, indent=2)
     files.write_processor(source.processor, tokenizer, config, part)
-    generation = SimpleNamespace(generation_config=GenerationConfig.from_dict(dict(source.checkpoint.generation)))
+    generation = SimpleNamespace(generation_config=GenerationConfig.from_dict(dict(source.generation)))
     files.write_generation(generation, source.processor, image_id, part)
 
 

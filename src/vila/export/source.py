@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
@@ -19,11 +19,9 @@ from vila.core.errors import LayoutError
 from vila.core.progress import SILENT, Events
 from vila.families import Family, find_family
 from vila.kernels.int4 import SYMMETRIC_ZERO, Int4Weight, dequantize, quantize
-from vila.model.config import VilaConfig
 from vila.model.int4_weights import PackedWeight, read_packed
 from vila.model.layouts.base import Checkpoint
 from vila.model.loading import open_checkpoint
-from vila.model.processor import VilaProcessor
 from vila.model.save_weights import SafetensorsWriter, TensorSpecs
 from vila.model.weights import ReadTensor, TensorRef, TorchFile
 from vila.quant.awq_cache import AwqSearch, read_search
@@ -116,32 +114,16 @@ _ROWS = 64  # no INT4 packing combines more than 64 adjacent rows
 
 
 @dataclass(frozen=True)
-class ExportSource:
+class ExportSource(Checkpoint):
     """The model to export.
 
     search: AWQ search that is applied to the weights when they are read, None for none.
     events: receives the number of bytes read, as the task `export`.
     """
 
-    checkpoint: Checkpoint
     search: AwqSearch | None = None
     events: Events = SILENT
     _held: dict[Path, ReadTensor] = field(default_factory=dict, repr=False)
-
-    @property
-    def folder(self) -> Path:
-        """Directory of the model."""
-        return self.checkpoint.folder
-
-    @property
-    def config(self) -> VilaConfig:
-        """Configuration of the model."""
-        return self.checkpoint.config
-
-    @property
-    def processor(self) -> VilaProcessor:
-        """Processor of the model: tokenizer, image preprocessing, chat template."""
-        return self.checkpoint.processor
 
     @property
     def family(self) -> Family:
@@ -149,14 +131,9 @@ class ExportSource:
         return find_family(self.config.text_config.model_type)
 
     @property
-    def tensors(self) -> Mapping[str, TensorRef]:
-        """References to all weights that are not INT4, by name."""
-        return self.checkpoint.tensors
-
-    @property
     def names(self) -> list[str]:
         """Names of all weights, INT4 ones included."""
-        return [*self.tensors, *(f"{name}.weight" for name in self.checkpoint.int4)]
+        return [*self.tensors, *(f"{name}.weight" for name in self.int4)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a weight."""
@@ -171,12 +148,12 @@ class ExportSource:
     @cached_property
     def has_zeros(self) -> bool:
         """Whether the INT4 weights have zero points, judged by the first one."""
-        for _, weight in read_packed(dict(list(self.checkpoint.int4.items())[:1])):
+        for _, weight in read_packed(dict(list(self.int4.items())[:1])):
             return not bool((weight.zeros == SYMMETRIC_ZERO).all())
         return False
 
     def _packed(self, name: str) -> PackedWeight | None:
-        return self.checkpoint.int4.get(name.removesuffix(".weight"))
+        return self.int4.get(name.removesuffix(".weight"))
 
     def block_linears(self) -> list[str]:
         """Return the names of the decoder Linears that INT4 quantizes, without `.weight`, in order."""
@@ -237,33 +214,28 @@ class ExportSource:
 
     def _int4_chunks(self, name: str, chunk_bytes: int) -> Iterator[Int4Weight]:
         linear = name.removesuffix(".weight")
-        for _, weight in read_packed({linear: self.checkpoint.int4[linear]}):
+        for _, weight in read_packed({linear: self.int4[linear]}):
             step = max(_ROWS, chunk_bytes // (2 * weight.num_inputs) // _ROWS * _ROWS)
             for start in range(0, weight.num_outputs, step):
                 part = weight.rows(start, min(start + step, weight.num_outputs))
                 self.events.advanced("export", part.num_bytes)
                 yield part
 
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """Dtype of most weights, by bytes."""
-        return self.checkpoint.main_dtype
-
     @property
     def half_dtype(self) -> torch.dtype:
         """16-bit dtype of exports: bfloat16 for a bfloat16 model, else float16."""
-        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
+        return torch.bfloat16 if self.main_dtype == torch.bfloat16 else torch.float16
 
     @property
     def min_llm_bytes(self) -> int:
         """Lower bound of the LLM's size in any format: half a byte for each value."""
         values = sum(one.bytes // one.dtype.itemsize for name, one in self.tensors.items() if name.startswith(LLM))
-        return (values + sum(one.bytes for one in self.checkpoint.int4.values())) // 2
+        return (values + sum(one.bytes for one in self.int4.values())) // 2
 
     @property
     def num_bytes(self) -> int:
         """Size of all weights in bytes."""
-        return sum(one.bytes for one in self.tensors.values()) + sum(one.bytes for one in self.checkpoint.int4.values())
+        return sum(one.bytes for one in self.tensors.values()) + sum(one.bytes for one in self.int4.values())
 
     @cached_property
     def _folds(self) -> Mapping[str, Sequence[Fold]]:
@@ -311,7 +283,8 @@ def open_source(
             field="--load-awq",
             hint="omit --load-awq, or export the original model",
         )
-    source = ExportSource(checkpoint, None if search is None else read_search(search), events)
+    model = {one.name: getattr(checkpoint, one.name) for one in fields(checkpoint)}
+    source = ExportSource(**model, search=None if search is None else read_search(search), events=events)
     _ = source._folds
     return source
 

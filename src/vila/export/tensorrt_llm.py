@@ -184,7 +184,7 @@ def _write_llm(source: ExportSource, folder: Path, group_size: int | None) -> No
         facts["quantization_config"] = quantization_config(group_size, IGNORE)
         write_json(folder / QUANT_CONFIG, quant_config(group_size, IGNORE), indent=2)
     write_json(folder / "config.json", facts, indent=2)
-    GenerationConfig.from_dict(dict(source.checkpoint.generation)).save_pretrained(folder)
+    GenerationConfig.from_dict(dict(source.generation)).save_pretrained(folder)
     write_tokenizer(source.processor.tokenizer, folder, source.processor.template)
     write_tensors(folder, _llm_tensors(source, group_size))
 

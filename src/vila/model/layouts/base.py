@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,7 +56,7 @@ class Checkpoint:
     generation: Mapping[str, Any] = field(default_factory=dict)
     int4: Mapping[str, PackedWeight] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def main_dtype(self) -> torch.dtype:
         """Floating-point dtype of most weights that are not INT4, by bytes."""
         sizes: Counter[torch.dtype] = Counter()
