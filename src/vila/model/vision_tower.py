@@ -156,6 +156,11 @@ def _side(size: int | Sequence[int], name: str) -> int:
     return int(sides.pop())
 
 
+def side_of(size: int | Sequence[int]) -> int:
+    """Return the side of a square, which some configs store as two equal numbers."""
+    return size if isinstance(size, int) else size[0]
+
+
 def tower_dtype(tower: nn.Module) -> torch.dtype:
     """Return the dtype of the tower's weights."""
     return next(tower.parameters()).dtype

@@ -23,9 +23,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from vila.core.errors import LayoutError
 from vila.core.reading import Fields, file_errors
+from vila.families import head_width
 from vila.model.config import VilaConfig
 from vila.model.int4_weights import PackedWeight
-from vila.model.vision_tower import TOWER_TYPES, has_cls_token
+from vila.model.vision_tower import TOWER_TYPES, has_cls_token, side_of
 from vila.model.weights import Shape, TensorRef
 
 MAX_LAYERS: Final = 1_000_000
@@ -334,7 +335,7 @@ def _text_sizes(llm: Any, stored: Mapping[str, StoredShape]) -> Sizes:
     if gate := stored.get(f"{block}mlp.gate_proj.weight"):
         yield "intermediate_size", llm.intermediate_size, gate.shape[0], gate
     heads = llm.num_attention_heads
-    width = getattr(llm, "head_dim", None) or llm.hidden_size // heads
+    width = head_width(llm)
     for field, name, asked in (
         ("num_attention_heads", "q", heads),
         ("num_key_value_heads", "k", getattr(llm, "num_key_value_heads", heads)),
@@ -360,7 +361,7 @@ def _tower_sizes(tower: Any, stored: Mapping[str, StoredShape]) -> Sizes:
     yield from _depth(tower.num_hidden_layers, blocks)
     names = ("embeddings.patch_embedding.weight", "embeddings.patch_embeddings.projection.weight")
     patches = next((stored[_TOWER + name] for name in names if _TOWER + name in stored), None)
-    patch, side = _side(tower.patch_size), _side(tower.image_size)
+    patch, side = side_of(tower.patch_size), side_of(tower.image_size)
     positions = (side // patch) ** 2
     if patches:
         yield "hidden_size", tower.hidden_size, patches.shape[0], patches
@@ -379,7 +380,3 @@ def _tower_sizes(tower: Any, stored: Mapping[str, StoredShape]) -> Sizes:
             yield "intermediate_size", tower.intermediate_size, first.shape[0], first
         else:
             yield "mlp_ratio", tower.mlp_ratio, first.shape[0] // max(1, first.shape[-1]), first
-
-
-def _side(size: Any) -> int:
-    return int(size[0] if isinstance(size, list | tuple) else size)

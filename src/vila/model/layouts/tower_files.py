@@ -23,7 +23,7 @@ from vila.core.vision_spec import ImageMode, VisionSpec, channel_statistics
 from vila.model.layouts.base import FULL_PRECISION, Prefixes, WeightStorage, map_names, split_qkv
 from vila.model.layouts.config_file import read_config, tower_config
 from vila.model.save_weights import write_weights
-from vila.model.vision_tower import check_tower
+from vila.model.vision_tower import check_tower, side_of
 from vila.model.weights import TensorRef, find_weight_files, list_tensors, published_state_dict
 
 Triple = tuple[float, float, float]
@@ -129,10 +129,9 @@ def tower_spec(
     given = Fields({}, source.file, error=LayoutError) if preprocessor is None else preprocessor
     # InternViT and SigLIP were trained on images resized without cropping, whatever their processor config says.
     crops = given.flag("do_center_crop", True) and config.model_type in ("clip_vision_model", "dinov2")
-    own = config.image_size
     return TowerSpec(
         config,
-        int(image_size or (own[0] if isinstance(own, (list, tuple)) else own)),
+        image_size or side_of(config.image_size),
         channel_statistics(given, "image_mean", mean),
         channel_statistics(given, "image_std", std),
         crops,
@@ -183,17 +182,13 @@ def tower_tensors(folder: Path, tower: TowerSpec) -> tuple[dict[str, TensorRef],
 
 def to_intern_vit_config(config: Any) -> dict[str, Any]:
     """Return InternViT's config.json; the inverse of `read_tower`."""
-    size, patch = config.image_size, config.patch_size
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels")
     return {
         "architectures": ["InternVisionModel"],
         "model_type": _INTERN_VIT,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_channels": config.num_channels,
-        "image_size": size[0] if isinstance(size, (list, tuple)) else size,
-        "patch_size": patch[0] if isinstance(patch, (list, tuple)) else patch,
+        **{key: getattr(config, key) for key in sizes},
+        "image_size": side_of(config.image_size),
+        "patch_size": side_of(config.patch_size),
         "norm_type": config.norm_type,
         "qk_normalization": config.use_qk_norm,
         "qkv_bias": config.attention_bias,
