@@ -131,7 +131,7 @@ def test_a_truncated_line_is_named(opened, name, tmp_path):
     benchmark, rows = opened(name)
     path = written(tmp_path / "a.jsonl", rows)
     path.write_bytes(path.read_bytes()[:-20])
-    assert [f"a.jsonl, line {len(rows)}: " in line for line in read_answers(path).bad] == [True]
+    assert [(error.file, error.record) for error in read_answers(path).bad] == [(str(path), f"line {len(rows)}")]
     if name in SCORED:
         with refused(f"a.jsonl, line {len(rows)}: "):
             score_file(benchmark, path, "upstream")
@@ -166,7 +166,9 @@ def test_invalid_line_is_named(tmp_path, line, mention):
     path.write_bytes(b'{"question_id": "b", "text": "y"}\n' + line + b"\n")
     found = read_answers(path)
     assert [row.text for row in found.answers] == ["y"]
-    assert "a.jsonl, line 2: " in found.bad[0] and mention in found.bad[0]
+    (error,) = found.bad
+    assert (error.file, error.record) == (str(path), "line 2")
+    assert mention in str(error)
 
 
 @pytest.mark.parametrize(

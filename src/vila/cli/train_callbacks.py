@@ -52,7 +52,7 @@ def build_callbacks(
 
 def _check_images(prompts: tuple[Prompt, ...]) -> None:
     problems = [
-        f"{number}.image: {prompt.image!r} is not a file"
+        ConfigError("no such file", field=f"monitor.prompts.{number}.image", value=prompt.image)
         for number, prompt in enumerate(prompts)
         if prompt.image and not Path(prompt.image).is_file()
     ]

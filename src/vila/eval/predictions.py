@@ -206,48 +206,50 @@ _ID_KEYS = ("question_id", "questionId", "id", "index", "image")
 class AnswerFile:
     """Records of an answer file, in file order.
 
-    bad:    reasons of unreadable records, with file and line.
+    bad:    errors of unreadable records, with file, line and field.
     failed: ids of questions that failed during inference.
     """
 
     answers: tuple[Answer, ...]
-    bad: tuple[str, ...] = ()
+    bad: tuple[DataError, ...] = ()
     failed: tuple[str, ...] = ()
 
 
 def read_answers(path: Path) -> AnswerFile:
     """Read a JSON-lines file, a JSON list, or a folder of `vila eval` or of the original scripts' chunk files.
 
-    A record needs an id (`question_id`) and a text (`text`). Raises DataError if there are no answers.
+    A record needs an id (`question_id`) and a text (`text`). Raises DataError if there are no answers, naming the first
+    unreadable record.
     """
     files = [path] if path.is_file() else _files_in(path) if path.is_dir() else []
     if not files:
         raise DataError("no answer files in this folder" if path.is_dir() else "no such file", file=path)
     answers: list[Answer] = []
-    bad: list[str] = []
+    bad: list[DataError] = []
     failed: list[str] = []
     for file in files:
         for record, row in iter_records(file):
-            location = f"{file}, {record}"
             if isinstance(row, dict) and "error" in row and "text" not in row:
-                failed.append(str(row.get("id", location)))
+                failed.append(str(row.get("id", f"{file}, {record}")))
                 continue
             try:
-                answers.append(_answer(row, location))
+                answers.append(_answer(row, file, record))
             except DataError as error:
-                bad.append(str(error))
+                bad.append(error.within(file, record))
     if not answers and not failed:
-        raise DataError("has no answers" + (f" ({bad[0]})" if bad else ""), file=path)
+        bad_line_notes(bad, skipped=False)
+        raise DataError("has no answers", file=path)
     return AnswerFile(tuple(answers), tuple(bad), tuple(failed))
 
 
-def bad_line_notes(bad: Sequence[str], *, skipped: bool) -> list[str]:
-    """Return a note on unreadable records if the benchmark skips them. Raises DataError if it does not."""
+def bad_line_notes(bad: Sequence[DataError], *, skipped: bool) -> list[str]:
+    """Return a note on unreadable records if the benchmark skips them. Raises the first error if it does not."""
     if not bad:
         return []
     if not skipped:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise DataError(f"{bad[0]}{more}", hint="correct or delete the line")
+        more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
+        bad[0].hint = f"correct or delete the line{more}"
+        raise bad[0]
     return [f"{len(bad)} unreadable lines are ignored, as in the original script: {bad[0]}"]
 
 
@@ -269,21 +271,21 @@ def _files_in(folder: Path) -> list[Path]:
     return [file for _, file in sorted(chunks.items())] or sorted(folder.glob("*.jsonl"))
 
 
-def _answer(row: Any, location: str) -> Answer:
-    """Convert a record. Raises DataError."""
+def _answer(row: Any, file: Path, record: str) -> Answer:
+    """Convert a record. Raises DataError without its location."""
     if isinstance(row, DataError):
-        raise DataError(row.problem, file=location)
+        raise row
     if not isinstance(row, dict):
-        raise DataError(file=location, value=row, expected="an object")
+        raise DataError(value=row, expected="an object")
     name = next((row[key] for key in _ID_KEYS if key in row), None)
     text = next((row[key] for key in _TEXT_KEYS if key in row), None)
     if not isinstance(name, str | int) or isinstance(name, bool):
-        raise DataError(file=location, field="question_id", value=name, expected="text or an integer")
+        raise DataError(field="question_id", value=name, expected="text or an integer")
     if not isinstance(text, str):
-        raise DataError(file=location, field="text", value=text, expected="text")
+        raise DataError(field="text", value=text, expected="text")
     if (half := lone_surrogate([text, name])) is not None:
-        raise DataError("unpaired surrogate, which UTF-8 cannot encode", file=location, value=half)
+        raise DataError("unpaired surrogate, which UTF-8 cannot encode", value=half)
     # Records of video questions have the question in place of the prompt.
     prompt = row.get("prompt", row.get("question", "") if "pred" in row else "")
     item_id = str(row["id"]) if "id" in row and "question_id" in row else ""
-    return Answer(name, text, prompt if isinstance(prompt, str) else "", location, item_id)
+    return Answer(name, text, prompt if isinstance(prompt, str) else "", f"{file}, {record}", item_id)

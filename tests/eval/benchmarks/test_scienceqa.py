@@ -179,7 +179,7 @@ def test_upstream_file_and_a_truncated_one(folder, rows, tmp_path):
     path.write_text(path.read_text()[:-9])
     cut = read_answers(path)
     assert len(cut.answers) == 25
-    assert "a.jsonl, line 26" in cut.bad[0]
+    assert [error.record for error in cut.bad] == ["line 26"]
 
 
 @pytest.mark.parametrize(
