@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests import tiny
+from vila.core.errors import ConfigError, DataError
 
 QUESTIONS = [
     ["what shape is in the image?", "circle", 0],
@@ -41,18 +42,17 @@ def test_numbers_of_examples_are_asked_in_turn_with_true_and_with_wrong_answers(
 
 
 @pytest.mark.parametrize(
-    ("shots", "status", "message"),
+    ("shots", "kind", "field"),
     [
-        ("two", 2, "--num-fewshot"),
-        ("0,,2", 2, "--num-fewshot"),
-        ("-1", 2, "--num-fewshot"),
-        ("3", 1, "easy_vqa_3shot: "),
+        ("two", ConfigError, "--num-fewshot"),
+        ("0,,2", ConfigError, "--num-fewshot"),
+        ("-1", ConfigError, "--num-fewshot"),
+        ("3", DataError, "easy_vqa_3shot"),
     ],
 )
 def test_impossible_numbers_of_examples_are_refused_before_anything_is_asked(
-    vila, model, easy, tmp_path, shots, status, message
+    vila_error, model, easy, tmp_path, shots, kind, field
 ):
-    code, _, error = vila("eval", model, "--data", easy, f"--num-fewshot={shots}", "--output", tmp_path / "run")
-    assert code == status
-    assert message in error
+    error = vila_error("eval", model, "--data", easy, f"--num-fewshot={shots}", "--output", tmp_path / "run")
+    assert (type(error), error.field) == (kind, field)
     assert not list(tmp_path.glob("run/**/predictions.jsonl"))

@@ -10,8 +10,9 @@ import sys
 import pytest
 import torch
 
+from tests.cli.printed import words
 from tests.quant.models import loud
-from vila.core.errors import ConfigError
+from vila.core.errors import ConfigError, DataError, LayoutError
 from vila.model.layouts.detect import detect_layout
 from vila.model.loading import save_model
 
@@ -42,12 +43,14 @@ def test_the_model_is_written_and_answers(vila, loud_model, text, image, tmp_pat
     code, shown, err = vila("quantize", loud_model, "--output", out, "--calib-data", text, "--method", method, *FLAGS)
     assert code == 0, err
     assert detect_layout(out).name == "awq-hf"
-    assert "21 linear layers of 3 blocks in INT4, group size 32" in shown
-    assert "peak memory" in shown
-    assert ("sha256" in shown) == (method != "rtn")
-    assert ("--calib-data is ignored" in err) == (method == "rtn")
+    summary = json.loads((out / "quantization.json").read_text())
+    assert (summary["linears"], len(summary["blocks"]), summary["group_size"]) == (21, 3, 32)
+    assert words(shown) >= {"21", "3", "32", summary["method"]}
+    assert (summary["calibration"] is None) == (method == "rtn")
+    assert method == "rtn" or summary["calibration"]["sha256"] in words(shown)
+    assert ("--calib-data" in words(err)) == (method == "rtn")
     assert (out / "search.safetensors").is_file() == (method != "rtn")
-    assert "vila run ." in (out / "README.md").read_text()
+    assert (out / "README.md").read_text().count("vila run .")
     assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt", "p.png"}
     code, _, err = vila("run", out, "--image", image, "--prompt", "what?", "--max-new-tokens", 2)
     assert code == 0, err
@@ -59,7 +62,6 @@ def test_the_packaged_text_is_the_default_and_a_search_is_used_again(vila, loud_
     assert json.loads((first / "quantization.json").read_text())["calibration"]["name"] == "packaged"
     code, _, err = vila("quantize", loud_model, "--output", second, *FLAGS, "--load-awq", first / "search.safetensors")
     assert code == 0, err
-    assert "calibration:" not in err
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
@@ -115,40 +117,37 @@ def bad_files(folder):
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "message"),
+    ("flags", "kind", "fields"),
     [
-        (("--calib-data", "{tmp}/empty.txt"), 1, "empty.txt: "),
-        (("--calib-data", "{tmp}/short.txt"), 1, "short.txt: tokens: "),
-        (("--calib-data", "{tmp}/latin.txt"), 1, "latin.txt: not UTF-8 text (byte 3)"),
-        (("--calib-data", "{tmp}/ids.jsonl"), 1, "ids.jsonl, line 1: ids: got 99999"),
-        (("--calib-data", "{tmp}/none.txt"), 1, "none.txt: no such file"),
-        (("--calib-data", "starter/9_none"), 2, "unknown recipe 'starter/9_none'"),
-        (("--load-awq", "{tmp}/other.pt"), 1, "other.pt: "),
-        (("--load-awq", "{tmp}/code.pt"), 1, "code.pt: not unpickled"),
-        (("--load-awq", "{tmp}/none.pt"), 1, "none.pt: no such file"),
-        (("--group-size", "128"), 2, "got 128, expected 32"),
-        (("--method", "gptq"), 2, "unknown method 'gptq'"),
-        (("--image-token-weight", "0"), 2, "image_weight: got 0.0"),
-        (("--image-token-weight", "nan"), 2, "image_weight: got nan"),
-        (("--method", "rtn", "--scaling", "duo"), 2, "--scaling"),
+        (("--calib-data", "{tmp}/empty.txt"), DataError, {"file": "{tmp}/empty.txt"}),
+        (("--calib-data", "{tmp}/short.txt"), DataError, {"file": "short.txt", "field": "tokens"}),
+        (("--calib-data", "{tmp}/latin.txt"), DataError, {"file": "{tmp}/latin.txt"}),
         (
-            ("--load-awq", "{tmp}/none.pt", "--clipping", "all"),
-            2,
-            "--clipping",
+            ("--calib-data", "{tmp}/ids.jsonl"),
+            DataError,
+            {"file": "{tmp}/ids.jsonl", "record": "line 1", "field": "ids", "value": 99999},
         ),
-        (("--overwrite", "--output", "{model}"), 2, "contains the source model"),
+        (("--load-awq", "{tmp}/other.pt"), LayoutError, {"file": "{tmp}/other.pt"}),
+        (("--load-awq", "{tmp}/code.pt"), LayoutError, {"file": "{tmp}/code.pt"}),
+        (("--group-size", "128"), ConfigError, {"field": "group_size", "value": 128, "expected": "32"}),
+        (("--image-token-weight", "0"), ConfigError, {"field": "image_weight", "value": 0.0}),
+        (("--method", "rtn", "--scaling", "duo"), ConfigError, {"field": "--scaling"}),
+        (("--load-awq", "{tmp}/none.pt", "--clipping", "all"), ConfigError, {"field": "--clipping"}),
+        (("--overwrite", "--output", "{model}"), ConfigError, {"file": "{model}"}),
     ],
 )
-def test_bad_input_is_named_and_leaves_nothing(vila, loud_model, tmp_path, flags, code, message):
+def test_bad_input_is_named_and_leaves_nothing(vila_error, loud_model, tmp_path, flags, kind, fields):
     bad_files(tmp_path)
     before = sorted(tmp_path.iterdir())
-    filled = [flag.format(tmp=tmp_path, model=loud_model) for flag in flags]
+
+    def filled(value):
+        return value.format(tmp=tmp_path, model=loud_model) if isinstance(value, str) else value
+
     where = () if "--output" in flags else ("--output", tmp_path / "out")
     group = () if "--group-size" in flags else ("--group-size", "32")
-    ended, out, err = vila("quantize", loud_model, *where, *group, *filled)
-    assert message in err
-    assert "Traceback" not in err
-    assert (ended, out) == (code, "")
+    error = vila_error("quantize", loud_model, *where, *group, *map(filled, flags))
+    assert type(error) is kind
+    assert vars(error).items() >= {name: filled(value) for name, value in fields.items()}.items()
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -158,9 +157,8 @@ def test_an_existing_model_stays_and_a_quantized_model_is_no_source(vila, vila_e
     error = vila_error("quantize", loud_model, "--output", out, "--method", "rtn", *FLAGS)
     assert (type(error), error.file) == (ConfigError, str(out))
     assert vila("quantize", loud_model, "--output", out, "--method", "rtn", *FLAGS, "--overwrite")[0] == 0
-    code, _, err = vila("quantize", out, "--output", tmp_path / "again", "--method", "rtn", *FLAGS)
-    assert code == 1
-    assert "quantized already" in err
+    error = vila_error("quantize", out, "--output", tmp_path / "again", "--method", "rtn", *FLAGS)
+    assert isinstance(error, LayoutError)
 
 
 CODE = """

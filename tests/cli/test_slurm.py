@@ -1,6 +1,7 @@
 """`vila train --slurm`: what the script says, what is refused, and two simulated nodes."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.printed import words
 from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.config.load import save_recipe
 from vila.core.errors import MISSING, ConfigError
@@ -123,7 +125,8 @@ def test_dry_run_prints_the_script_and_leaves_nothing(vila, tmp_path):
                         "--allow-changes", "data", "--dry-run")  # fmt: skip
     assert code == 0
     assert out.startswith("#!/bin/bash\n")
-    assert f"train vila_7b/2_pretrain output.dir={tmp_path / 'run'} --allow-changes data\n" in out
+    command = f"train vila_7b/2_pretrain output.dir={tmp_path / 'run'} --allow-changes data"
+    assert command in [line.strip() for line in out.splitlines()]
     assert not (tmp_path / "run").exists()
 
 
@@ -133,28 +136,28 @@ def test_the_example_of_the_documentation_gets_a_script_and_a_smaller_micro_batc
     )
     assert code == 0
     assert out.startswith("#!/bin/bash\n")
-    assert "batch.micro=16 is reduced to 1" in err
+    assert words(err) >= {"batch.micro=16", "1"}
 
 
-def test_a_batch_that_the_processes_cannot_share_is_refused_before_it_is_submitted(vila, slurm):
-    code, _, err = vila("train", "vila_7b/2_pretrain", "--slurm", "nodes=3")
-    assert code == 2
-    assert "got 1024, expected 1008 or 1032" in err
+def test_a_batch_that_the_processes_cannot_share_is_refused_before_it_is_submitted(vila_error, slurm):
+    error = vila_error("train", "vila_7b/2_pretrain", "--slurm", "nodes=3")
+    assert (type(error), error.field, error.value, error.expected) == (ConfigError, "batch", 1024, "1008 or 1032")
     assert not (slurm / "job.log").exists()
 
 
-def test_without_slurm_the_remedy_is_named(vila, monkeypatch, tmp_path):
+def test_without_slurm_the_remedy_is_named(vila_error, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    code, _, err = vila("train", "vila_7b/1_align", "--slurm", "nodes=1")
-    assert code == 2
-    assert "sbatch" in err and "--dry-run" in err
+    error = vila_error("train", "vila_7b/1_align", "--slurm", "nodes=1")
+    assert (type(error), error.field) == (ConfigError, "--slurm")
+    assert "sbatch" in words(error.problem) and "--dry-run" in words(error.hint)
 
 
-def test_a_refused_job_is_told_in_slurm_s_words(vila, slurm, tmp_path):
+def test_the_error_of_a_refused_job_has_slurm_s_words(vila_error, slurm, tmp_path):
     (slurm / "sbatch").write_text("#!/bin/bash\necho 'invalid partition specified: x' >&2\nexit 1\n")
-    code, _, err = vila("train", "vila_7b/1_align", f"output.dir={tmp_path / 'run'}", "--slurm", "nodes=1,partition=x")
-    assert code == 2
-    assert f"{tmp_path}/run/train.sbatch" in err and "invalid partition specified: x" in err
+    given = (f"output.dir={tmp_path / 'run'}", "--slurm", "nodes=1,partition=x")
+    error = vila_error("train", "vila_7b/1_align", *given)
+    assert (type(error), error.file) == (ConfigError, str(tmp_path / "run" / "train.sbatch"))
+    assert error.problem.count("invalid partition specified: x") == 1
 
 
 def test_a_finished_run_is_not_submitted(vila, slurm, tmp_path):
@@ -162,7 +165,7 @@ def test_a_finished_run_is_not_submitted(vila, slurm, tmp_path):
     (tmp_path / "run" / "finished.json").write_text("{}")
     code, out, _ = vila("train", "vila_7b/1_align", f"output.dir={tmp_path / 'run'}", "--slurm", "nodes=1")
     assert code == 0
-    assert f"already trained, the model is in {tmp_path}/run/model" in out
+    assert str(tmp_path / "run" / "model") in words(out)
     assert not (slurm / "job.log").exists()
 
 
@@ -201,7 +204,7 @@ def test_a_job_that_is_told_to_stop_saves_and_goes_on_when_it_runs_again(vila, s
     wait_for(lambda: not running(slurm), 180)
     said = (slurm / "job.log").read_text()
     assert is_finished(recipe), said
-    assert f"after step {stopped}" in said
+    assert re.search(rf"after step {stopped}\b", said)
     steps = [row["step"] for row in read_metrics(metrics)]
     assert steps == list(range(1, len(steps) + 1))
 

@@ -5,7 +5,15 @@ import sys
 
 import pytest
 
+from tests.cli.printed import counts, words
 from tests.eval.mini import mini_data, mini_run
+from vila.core.errors import DataError
+
+
+def left_out_of(text):
+    """The reasons that are printed for benchmarks without a file, by benchmark."""
+    lines = [line.removeprefix("left out: ") for line in text.splitlines() if line.startswith("left out: ")]
+    return {name: reason for name, _, reason in (line.partition(": ") for line in lines)}
 
 
 @pytest.fixture
@@ -19,17 +27,19 @@ def test_what_was_not_run_is_said_and_the_rest_is_written(vila, run, tmp_path):
     code, text, _ = vila("submit", run, "--output", tmp_path / "up")
     assert code == 0
     assert {path.parent.name for path in (tmp_path / "up").glob("*/mine-*")} == {"vqav2", "mmbench"}
-    for reason in ("vizwiz: not run (vizwiz: llava_test.jsonl is missing)", "mmbench_cn: not run", "seed: not run"):
-        assert f"left out: {reason}" in text
+    left_out = left_out_of(text)
+    assert left_out.keys() == {"vizwiz", "mmbench_cn", "seed"}
+    assert "llava_test.jsonl" in words(left_out["vizwiz"])
 
 
-def test_a_run_that_was_cut_short_is_told_from_one_that_never_began(vila, run, tmp_path):
+def test_nothing_is_written_for_benchmarks_that_did_not_finish(vila, run, tmp_path):
     (run / "vqav2" / "predictions.jsonl").rename(run / "vqav2" / "part-0.jsonl")
     (run / "mmbench" / "predictions.jsonl").unlink()
-    code, text, error = vila("submit", run, "--output", tmp_path / "up")
-    assert (code, "nothing to submit" in error) == (1, True)
-    assert "left out: vqav2: not finished" in text
-    assert "mmbench: not run; no " in text
+    code, text, _ = vila("submit", run, "--output", tmp_path / "up")
+    assert (code, type(vila.error), vila.error.file) == (1, DataError, str(run))
+    left_out = left_out_of(text)
+    assert left_out.keys() == {"vqav2", "mmbench", "vizwiz", "mmbench_cn", "seed"}
+    assert left_out["vqav2"] != left_out["seed"]
 
 
 def test_lines_that_cannot_be_read_are_told_or_refused_as_by_the_originals_converters(vila, run, tmp_path):
@@ -38,17 +48,18 @@ def test_lines_that_cannot_be_read_are_told_or_refused_as_by_the_originals_conve
         path.write_text(path.read_text() + '{"id": "x", "error": "MediaError: no image"}\n{"question_id": 1, "te')
     code, text, _ = vila("submit", run, "--output", tmp_path / "up")
     assert code == 0
-    assert "1 unreadable lines" in text and "1 questions failed: x" in text
-    assert "left out: mmbench: " in text and "mmbench/predictions.jsonl, line " in text
+    checks = next(block for block in text.split(str(tmp_path / "up")) if "/vqav2/" in block)
+    (failed,) = (line for line in checks.splitlines() if line.endswith(": x"))
+    assert counts(checks)["unreadable"] == counts(failed)["questions"] == 1
+    assert "mmbench/predictions.jsonl, line " in left_out_of(text)["mmbench"]
     assert not (tmp_path / "up" / "mmbench").exists()
 
 
 @pytest.mark.parametrize("content", [{}, [], {"benchmarks": ["vqav2"]}, {"benchmarks": {"vqav2": 5}}])
-def test_notes_on_a_run_that_cannot_be_read_are_named(vila, tmp_path, content):
+def test_an_eval_json_that_is_none_is_named(vila_error, tmp_path, content):
     (tmp_path / "eval.json").write_text(json.dumps(content))
-    code, _, error = vila("submit", tmp_path)
-    assert code == 1
-    assert "eval.json: " in error
+    error = vila_error("submit", tmp_path)
+    assert (type(error), error.file) == (DataError, str(tmp_path / "eval.json"))
 
 
 def test_without_openpyxl_the_spreadsheet_is_left_out_and_the_rest_is_written(vila, run, tmp_path, monkeypatch):
@@ -56,5 +67,4 @@ def test_without_openpyxl_the_spreadsheet_is_left_out_and_the_rest_is_written(vi
     code, text, _ = vila("submit", run, "--output", tmp_path / "up")
     assert code == 0
     assert {path.parent.name for path in (tmp_path / "up").glob("*/mine-*")} == {"vqav2"}
-    (line,) = [line for line in text.splitlines() if line.startswith("left out: mmbench:")]
-    assert "pip install 'vila-vlm[eval]'" in line
+    assert left_out_of(text)["mmbench"].endswith("pip install 'vila-vlm[eval]'")

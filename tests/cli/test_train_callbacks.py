@@ -175,17 +175,17 @@ def test_a_prompt_that_cannot_be_answered_does_not_stop_the_run(training_files):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "error", "part"),
+    ("override", "error", "fields"),
     [
-        (["monitor.prompts=[{text: a}, {text: b, image: no.png}]"], ConfigError, "no.png"),
-        (["monitor.eval_benchmark=easy_vga"], UnknownNameError, "'easy_vqa'"),
-        (["monitor.eval_data=/nowhere"], DataError, "/nowhere/test/questions.json"),
+        ("monitor.prompts=[{text: a}, {text: b, image: no.png}]", ConfigError, {"field": "monitor.prompts.1.image"}),
+        ("monitor.eval_benchmark=easy_vga", UnknownNameError, {"near": ["easy_vqa"]}),
+        ("monitor.eval_data=/nowhere", DataError, {"file": "/nowhere/test/questions.json"}),
     ],
 )
-def test_invalid_monitor_settings_are_refused_before_training(training_files, overrides, error, part):
+def test_invalid_monitor_settings_are_refused_before_training(training_files, override, error, fields):
     with pytest.raises(error) as caught:
-        build_callbacks(watched(training_files, "refused", *overrides), tiny.vila()[1])
-    assert part in str(caught.value)
+        build_callbacks(watched(training_files, "refused", override), tiny.vila()[1])
+    assert vars(caught.value).items() >= fields.items()
 
 
 def test_missing_images_of_a_benchmark_are_an_error_before_training(training_files, tmp_path):
@@ -194,7 +194,7 @@ def test_missing_images_of_a_benchmark_are_an_error_before_training(training_fil
     with pytest.raises(ConfigError) as caught:
         build_callbacks(watched(training_files, "gone", f"monitor.eval_data={tmp_path / 'easy'}"), tiny.vila()[1])
     assert caught.value.field == "monitor.eval_data"
-    assert "1.png" in caught.value.problem
+    assert caught.value.problem.endswith("1.png")
 
 
 def test_nothing_is_asked_by_default(training_files):
