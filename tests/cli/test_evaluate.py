@@ -105,9 +105,7 @@ def test_a_bad_file_of_answers_is_named(vila_error, easy, tmp_path, content, rec
     assert (type(error), error.file, error.record, error.field) == (DataError, str(path), record, field)
 
 
-@pytest.mark.parametrize(
-    ("ids", "file", "named"), [(["9/9"], None, "9/9"), (["0/0", "0/0"], "{path}, line 2", "0/0")]
-)
+@pytest.mark.parametrize(("ids", "file", "named"), [(["9/9"], None, "9/9"), (["0/0", "0/0"], "{path}, line 2", "0/0")])
 def test_answers_to_no_question_or_to_one_twice_are_named(vila_error, easy, tmp_path, ids, file, named):
     path = tmp_path / "bad.jsonl"
     path.write_text("".join(json.dumps({"question_id": name, "text": "x"}) + "\n" for name in ids))

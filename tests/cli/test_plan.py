@@ -49,7 +49,11 @@ def test_a_recipe_that_does_not_fit_is_an_error_with_configurations_that_fit(vil
     ("arguments", "kind", "fields"),
     [
         (["vila_7b/3_sft", "--gpus", "8xT4"], ConfigError, {"field": "--gpus", "value": "8xT4"}),
-        (["vila_7b/3_sft", "--gpus", "24xA100"], ConfigError, {"field": "batch", "value": 128, "expected": "120 or 144"}),
+        (
+            ["vila_7b/3_sft", "--gpus", "24xA100"],
+            ConfigError,
+            {"field": "batch", "value": 128, "expected": "120 or 144"},
+        ),
         (["vila_7b/4_sft"], UnknownNameError, {"name": "vila_7b/4_sft"}),
         (["vila_7b/3_sft", "batch.micron=1"], ConfigError, {"field": "batch.micron"}),
         (["vila_7b/3_sft", "model.path=nowhere"], ConfigError, {"field": "model.path", "value": "nowhere"}),

@@ -10,7 +10,11 @@ from vila.core.errors import ConfigError, LayoutError
     [
         (("{tmp}/none",), ConfigError, {"file": "{tmp}/none"}),
         (("none",), ConfigError, {"file": "none"}),
-        (("{model}", "--served-model-name", "a", "--served-model-name", "b"), ConfigError, {"field": "--served-model-name"}),
+        (
+            ("{model}", "--served-model-name", "a", "--served-model-name", "b"),
+            ConfigError,
+            {"field": "--served-model-name"},
+        ),
         (("{model}", "{model}"), ConfigError, {"field": "--served-model-name", "value": "{parent}"}),
         (("{model}", "--ssl-certfile", "a.pem"), ConfigError, {"field": "--ssl-certfile"}),
         (("{model}", "--ssl-keyfile", "a.pem"), ConfigError, {"field": "--ssl-keyfile"}),
