@@ -8,7 +8,6 @@ with native names.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,21 +39,8 @@ _PACKINGS = {"gemm": "gemm", "gemv": "gemv", "gemv_fast": "tinychat", "llm-awq":
 _REMEDY = "quantize the 16-bit model with vila quantize"
 
 
-@dataclass(frozen=True)
-class AwqSettings:
-    """Packing and group size of a checkpoint, and the file that declares them."""
-
-    packing: str
-    group_size: int
-    source: Path
-
-    def describe(self) -> str:
-        """Return a phrase for error messages."""
-        return f"{self.source} declares {self.packing} with group size {self.group_size}"
-
-
-def read_awq_settings(folder: Path) -> AwqSettings:
-    """Read the quantization settings.
+def read_awq_settings(folder: Path) -> tuple[str, int, str]:
+    """Return packing and group size of a checkpoint, and a phrase for errors that names the file which declares them.
 
     Raises LayoutError with file, field and value unless they are 4-bit AWQ with zeros.
     """
@@ -75,7 +61,7 @@ def read_awq_settings(folder: Path) -> AwqSettings:
     group = 128 if fields.get(size) is None else fields[size]
     if not isinstance(group, int) or isinstance(group, bool) or group < 2:
         raise fields.refusal(size, expected="32, 64 or 128", hint=_REMEDY)
-    return AwqSettings(_PACKINGS[packing], group, fields.file)
+    return _PACKINGS[packing], group, f"{fields.file} declares {_PACKINGS[packing]} with group size {group}"
 
 
 def awq_config(group_size: int, skipped: Sequence[str]) -> dict[str, Any]:
@@ -130,9 +116,7 @@ class AwqHfLayout:
         if layout is None:
             raise LayoutError("no known checkpoint layout", file=folder)
         full_precision = layout.open(folder, base)
-        refs, packed = collect_packed_weights(
-            full_precision.tensors, settings.packing, settings.group_size, settings.describe()
-        )
+        refs, packed = collect_packed_weights(full_precision.tensors, *settings)
         return checkpoint_with_int4(full_precision, refs, packed, folder)
 
     def check(self, model: Any, processor: Any) -> None:
