@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from vila.cli import options
 from vila.cli.options import CheckpointOptions, with_option_groups
 from vila.model.inspect import ELEMENT_BYTES, MEMORY_NOTE
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 _NO_TEMPLATE = "unknown: give --template"
 _SHAPE = {
@@ -64,16 +61,6 @@ def info(
 
 def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield name and text of each printed line."""
-    yield from _head(facts)
-    for name, part in facts["parts"].items():
-        yield name, f"{part['type']}: {_shape(part)}; {_amount(part)}"
-    for key, label in _KEPT.items():
-        sizes = (f"{human_bytes(facts['memory'][kind][key])} in {kind}" for kind in ELEMENT_BYTES)
-        yield label, ", ".join(sizes)
-    yield "memory", MEMORY_NOTE
-
-
-def _head(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     storage = facts["storage"]
     yield "model", facts["model"]
     yield "layout", facts["layout"]
@@ -97,62 +84,32 @@ def _head(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     )
     yield "video", f"{facts['frames_per_video']} frames, {facts['frames_per_video'] * facts['tokens_per_image']} tokens"
     yield "context", f"{facts['context_length']:,} tokens"
+    for name, part in facts["parts"].items():
+        amount = f"{part['parameters']:,} parameters, {human_bytes(part['bytes'])}, {part['dtype'] or 'no weights'}"
+        yield name, f"{part['type']}: {_shape(part)}; {amount}"
+    for key, label in _KEPT.items():
+        sizes = (f"{human_bytes(facts['memory'][kind][key])} in {kind}" for kind in ELEMENT_BYTES)
+        yield label, ", ".join(sizes)
+    yield "memory", MEMORY_NOTE
 
 
 def _show(facts: dict[str, Any]) -> None:
-    from rich.console import Console, Group
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    console.print(Group(_head_table(facts), _parts_table(facts), _memory_table(facts), Text(MEMORY_NOTE, style="dim")))
-
-
-def _head_table(facts: dict[str, Any]) -> Table:
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, value in _head(facts):
+    for name, value in _rows(facts):
         table.add_row(name, Text(value, style="yellow" if value == _NO_TEMPLATE else ""))
-    return table
-
-
-def _parts_table(facts: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    table = Table(expand=False)
-    for column in ("part", "what"):
-        table.add_column(column)
-    for column in ("parameters", "size"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, part in facts["parts"].items():
-        what = f"[bold]{part['type']}[/bold], {part['dtype'] or 'no weights'}\n{_shape(part)}"
-        table.add_row(name, what, f"{part['parameters']:,}", human_bytes(part["bytes"]))
-    return table
-
-
-def _memory_table(facts: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    table = Table()
-    table.add_column("memory for")
-    for kind in ELEMENT_BYTES:
-        table.add_column(kind, justify="right")
-    for key, label in _KEPT.items():
-        table.add_row(label, *(human_bytes(facts["memory"][kind][key]) for kind in ELEMENT_BYTES))
-    return table
+    Console(highlight=False).print(table)
 
 
 def _shape(part: dict[str, Any]) -> str:
     if "width_in" in part:
         return f"width {part['width_in']} to {part['width_out']}"
     return ", ".join(f"{label} {part[key]:,}" for key, label in _SHAPE.items() if key in part)
-
-
-def _amount(part: dict[str, Any]) -> str:
-    return f"{part['parameters']:,} parameters, {human_bytes(part['bytes'])}, {part['dtype'] or 'no weights'}"
 
 
 def _files(count: int) -> str:
