@@ -356,30 +356,14 @@ _PUBLISHED: Mapping[str, tuple[str, ...]] = {
     "RTX 4090": ("58.5", "168.1", "out of memory", "99.0"),
     "Orin": ("11.5", "35.6", "6.1", "17.5"),
 }
-_HEADER = (
-    "model",
-    "weights",
-    "backend",
-    "context",
-    "batch",
-    "tokens/s",
-    "min-max",
-    "step, ms",
-    "prompt tokens/s",
-    "first token, ms",
-    "of memory limit",
-    "peak, GB",
-    "same top-1",
-    "where clear",
-)
 
 
 def result_table(results: Sequence[Result]) -> str:
     """Return all results as a markdown table, with the measured memory bandwidth above it."""
-    lines = [_line(_HEADER), _line(["---"] * len(_HEADER)), *(_line(_cells(result)) for result in results)]
-    bandwidths = " to ".join(
-        f"{speed / 1e9:.1f}" for speed in sorted({min(r.bandwidth for r in results), max(r.bandwidth for r in results)})
-    )
+    rows = [_row(result) for result in results]
+    lines = [_line(list(rows[0])), _line(["---"] * len(rows[0])), *(_line(list(row.values())) for row in rows)]
+    speeds = [result.bandwidth for result in results]
+    bandwidths = " to ".join(f"{speed / 1e9:.1f}" for speed in sorted({min(speeds), max(speeds)}))
     return f"Memory bandwidth: {bandwidths} GB/s.\n\n" + "\n".join(lines)
 
 
@@ -403,24 +387,25 @@ def _measured(results: Sequence[Result], title: str, kind: str) -> str:
     return f"{min(found, key=lambda r: r.load.context).decode.median:.1f}" if found else ""
 
 
-def _cells(result: Result) -> list[str]:
+def _row(result: Result) -> dict[str, str]:
+    """Return the cells of a result by column."""
     same = result.agreement
-    return [
-        result.title,
-        result.precision,
-        result.backend,
-        str(result.load.context),
-        str(result.load.batch),
-        f"{result.decode.median:.1f}",
-        f"{result.decode.minimum:.1f}-{result.decode.maximum:.1f}",
-        f"{result.step_ms:.2f}",
-        f"{result.prefill.median:.0f}",
-        f"{1e3 * result.first_token_s.median:.0f}",
-        f"{result.of_limit:.0%}",
-        "" if result.peak_bytes is None else f"{result.peak_bytes / 1e9:.2f}",
-        "" if same is None else f"{same.same:.1%} of {same.tokens}",
-        "" if same is None else f"{same.same_clear:.1%} of {same.clear:.0%}",
-    ]
+    return {
+        "model": result.title,
+        "weights": result.precision,
+        "backend": result.backend,
+        "context": str(result.load.context),
+        "batch": str(result.load.batch),
+        "tokens/s": f"{result.decode.median:.1f}",
+        "min-max": f"{result.decode.minimum:.1f}-{result.decode.maximum:.1f}",
+        "step, ms": f"{result.step_ms:.2f}",
+        "prompt tokens/s": f"{result.prefill.median:.0f}",
+        "first token, ms": f"{1e3 * result.first_token_s.median:.0f}",
+        "of memory limit": f"{result.of_limit:.0%}",
+        "peak, GB": "" if result.peak_bytes is None else f"{result.peak_bytes / 1e9:.2f}",
+        "same top-1": "" if same is None else f"{same.same:.1%} of {same.tokens}",
+        "where clear": "" if same is None else f"{same.same_clear:.1%} of {same.clear:.0%}",
+    }
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -65,7 +65,7 @@ class Animation:
                 raise _still(meter.name, kind)
         return cls(image, meter)
 
-    def read(self, wanted: list[int], keep: Callable[[PilImage.Image], PilImage.Image]) -> dict[int, PilImage.Image]:
+    def read(self, wanted: list[int], keep: Shrink) -> dict[int, PilImage.Image]:
         """Decode the frames at `wanted` (ascending) to RGB without alpha, like `open_image`, each mapped by `keep`.
 
         Frames depend on earlier ones, so all frames are decoded, also those after the last wanted one: a truncated file
@@ -142,26 +142,18 @@ def open_frames(
         if not metered.read(1):
             raise MediaError("empty file", file=name, hint=COPY_AGAIN)
         metered.seek(0)
-        keep = _Keep(meter, shrink)
+
+        def keep(frame: PilImage.Image) -> PilImage.Image:
+            kept = frame if shrink is None else shrink(frame)
+            meter.keep_frame(*kept.size)
+            return kept
+
         animation = Animation.open(metered, meter)
         if animation is None:
             return _VideoFile(metered, meter, keep).read(num_frames)
         indices = frame_indices(animation.num_frames, num_frames)
         frames = animation.read(sorted(set(indices)), keep)
         return [frames[index] for index in indices]
-
-
-@dataclass(frozen=True, slots=True)
-class _Keep:
-    """Apply `shrink` to a frame and count the pixels that stay in memory."""
-
-    meter: DecodeMeter
-    shrink: Shrink | None
-
-    def __call__(self, frame: PilImage.Image) -> PilImage.Image:
-        kept = frame if self.shrink is None else self.shrink(frame)
-        self.meter.keep_frame(*kept.size)
-        return kept
 
 
 def frame_indices(total: int, num_frames: int) -> list[int]:
@@ -215,7 +207,7 @@ class _VideoFile:
 
     stream: MeteredStream
     meter: DecodeMeter
-    keep: _Keep
+    keep: Shrink
 
     def read(self, num_frames: int) -> list[PilImage.Image]:
         """Decode the frames at `frame_indices`, by seeking if the timestamps allow it."""
