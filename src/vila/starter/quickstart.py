@@ -35,7 +35,7 @@ from vila.engine.engine import Engine
 from vila.eval.benchmark import Item
 from vila.eval.benchmarks.easy_vqa import EasyVqa
 from vila.eval.predictions import read_texts
-from vila.eval.runner import BenchmarkRun, model_hash, result_dir, run_benchmark
+from vila.eval.runner import model_hash, result_dir, run_benchmark
 from vila.model.loading import build_components, choose_dtype, load_model, open_components
 from vila.prepare.licences import data_licences
 from vila.quant.blocks import fitting_group_sizes
@@ -180,8 +180,9 @@ class Quickstart:
         before = self._step("perplexity before", self._perplexity_before)
         after = self._step("perplexity after", lambda: self._perplexity(self.engine))
         self._step("validation", self._validation)
-        test = self._step("test", lambda: self._evaluate("easy_vqa", EasyVqa, self.options.questions))
-        swapped = self._step("swapped", lambda: self._evaluate("easy_vqa_swapped", SwappedEasyVqa, self._swapped()))
+        asked, swaps = self.options.questions, min(self.options.questions or _SWAPPED_QUESTIONS, _SWAPPED_QUESTIONS)
+        test = self._step("test", lambda: self._evaluate(EasyVqa(self.easy_vqa, asked), asked))
+        swapped = self._step("swapped", lambda: self._evaluate(SwappedEasyVqa(self.easy_vqa, swaps), swaps))
         self._step("examples", self._examples)
         small = self._step("int4", self._shrink)
         result = self._result(before, after, test, swapped, small)
@@ -315,15 +316,11 @@ class Quickstart:
         with task(self.events, "perplexity of the untouched LLM"):
             return self._perplexity(Engine(model.to(choose_dtype("auto")), processor))
 
-    def _evaluate(self, name: str, benchmark: type[EasyVqa], questions: int) -> dict[str, Any]:
-        opened = benchmark(self.easy_vqa, questions)
-        where = result_dir(self.out / "eval", name, questions)
-        return _scores(
-            run_benchmark(self.engine, opened, where, model_id=model_hash(self.out / "model"), events=self.events)
-        )
-
-    def _swapped(self) -> int:
-        return min(self.options.questions or _SWAPPED_QUESTIONS, _SWAPPED_QUESTIONS)
+    def _evaluate(self, benchmark: EasyVqa, questions: int = 0) -> dict[str, Any]:
+        where, model = result_dir(self.out / "eval", benchmark.name, questions), model_hash(self.out / "model")
+        result = run_benchmark(self.engine, benchmark, where, model_id=model, events=self.events)
+        assert result  # None only in distributed evaluation
+        return {**result.scores, "seconds": round(result.seconds, 1)}
 
     def _validation(self) -> dict[str, Any]:
         """Measure the accuracy on held-out training images."""
@@ -331,10 +328,7 @@ class Quickstart:
         kept = sorted({int(i.group) for i in benchmark.items() if is_validation(int(i.group))})[:_VALIDATION_IMAGES]
         benchmark.keep({str(group) for group in kept})
         benchmark.name = "easy_vqa_validation"
-        where = self.out / "eval" / benchmark.name
-        return _scores(
-            run_benchmark(self.engine, benchmark, where, model_id=model_hash(self.out / "model"), events=self.events)
-        )
+        return self._evaluate(benchmark)
 
     def _examples(self) -> dict[str, Any]:
         """Answer three questions about test images, and one few-shot prompt with two examples."""
@@ -474,11 +468,6 @@ def _few_shot(items: Sequence[Item]) -> tuple[list[Message], Item]:
             chosen[item.truth] = item
     first, second, third = list(chosen.values())[:3]
     return [m for item in (first, second) for m in (*item.messages, Message.of("assistant", item.truth))], third
-
-
-def _scores(result: BenchmarkRun | None) -> dict[str, Any]:
-    assert result  # None only in distributed evaluation
-    return {**result.scores, "seconds": round(result.seconds, 1)}
 
 
 def _link(source: str, target: str) -> None:
