@@ -30,7 +30,7 @@ def finish(folder: Path, out: str, overrides: Sequence[str], change: Callable[[R
     if change:
         change(run)
     run.trainer.run()
-    run.trainer.checkpointer.wait()
+    run.trainer.checkpointer.writer.wait()
     weights = gather_full_tensors(run.model, torch.float32, run.world)
     run.world.all_gather_object(None)
     if weights is None:

@@ -39,7 +39,7 @@ def train(training_files, out, *overrides):
         "tower_blocks": sum(p.numel() for p in run.model.vision_tower.parameters()),
     }
     run.trainer.run()
-    run.trainer.checkpointer.wait()
+    run.trainer.checkpointer.writer.wait()
     weights = gather_full_tensors(run.model, torch.float32, run.world)
     rows = read_metrics(run.folder / "metrics.jsonl") if run.world.is_main else []
     run.world.all_gather_object(None)

@@ -44,7 +44,7 @@ def numbers_in_training(folder, out):
     run = build(tiny_recipe(folder, out, "budget.tokens=400"))
     run.trainer.callbacks.append(on_step(lambda trainer, facts: drawn.append(str(draw()))))
     run.trainer.run()
-    run.trainer.checkpointer.wait()
+    run.trainer.checkpointer.writer.wait()
     return drawn
 
 

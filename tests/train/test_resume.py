@@ -90,7 +90,7 @@ def killed(folder, out, point):
 
         checkpoint.write_json = all_but_the_name
     run.trainer.run()
-    run.trainer.checkpointer.wait()
+    run.trainer.checkpointer.writer.wait()
 
 
 # Saving goes on beside training: when a step is cut short, the save before it may be done or not.

@@ -96,7 +96,7 @@ class Run:
         try:
             self.trainer.run()
         finally:
-            self.trainer.checkpointer.wait()
+            self.trainer.checkpointer.writer.wait()
         progress = self.trainer.progress
         if not progress.step:
             raise TrainingError(

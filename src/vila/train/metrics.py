@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,10 +198,9 @@ def rank_step_stats(data: StepData) -> RankStepStats:
 
 def count_metrics(ranks: Sequence[RankStepStats]) -> dict[str, Any]:
     """Return the counts of a step over all ranks, under the keys of `metrics.jsonl`."""
-    tokens: dict[str, int] = {}
+    tokens: Counter[str] = Counter()
     for stats in ranks:
-        for name, (count, _) in stats.by_data_set.items():
-            tokens[name] = tokens.get(name, 0) + count
+        tokens.update({name: count for name, (count, _) in stats.by_data_set.items()})
     total = total_of(ranks, "tokens")
     return {
         "tokens": total,
@@ -219,11 +219,10 @@ def loss_by_data_set(ranks: Sequence[RankStepStats], names: Sequence[str], losse
 
     losses: summed over all ranks, in the order of `names`.
     """
-    supervised: dict[str, int] = {}
+    supervised: Counter[str] = Counter()
     for stats in ranks:
-        for name, (_, count) in stats.by_data_set.items():
-            supervised[name] = supervised.get(name, 0) + count
-    return {name: loss / supervised[name] for name, loss in zip(names, losses, strict=True) if supervised.get(name)}
+        supervised.update({name: count for name, (_, count) in stats.by_data_set.items()})
+    return {name: loss / supervised[name] for name, loss in zip(names, losses, strict=True) if supervised[name]}
 
 
 def total_of(ranks: Sequence[RankStepStats], name: str) -> int:

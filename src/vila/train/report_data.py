@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vila.core.errors import DataError
 from vila.core.reading import file_errors, parse_json
@@ -15,6 +15,7 @@ from vila.train.metrics import check_record
 # Downsampled curves in bounded memory, for plots of runs with hundreds of thousands of steps.
 
 
+K = TypeVar("K")
 Point = tuple[float, float]
 
 
@@ -231,19 +232,19 @@ class LogReader:
 
 def read_answers(path: Path) -> dict[tuple[str, str], ThinnedRecords]:
     """Read answers by prompt and image, in order of first appearance."""
-    out: dict[tuple[str, str], ThinnedRecords] = {}
-    for row in (lines := LogReader(path)):
-        with file_errors(path, DataError, record=lines.record):
-            out.setdefault((str(row["prompt"]), str(row.get("image", ""))), ThinnedRecords()).add(row)
-    return out
+    return _grouped(path, lambda row: (str(row["prompt"]), str(row.get("image", ""))))
 
 
 def read_evaluations(path: Path) -> dict[str, ThinnedRecords]:
     """Read evaluations by benchmark."""
-    out: dict[str, ThinnedRecords] = {}
+    return _grouped(path, lambda row: str(row["benchmark"]))
+
+
+def _grouped(path: Path, key_of: Callable[[Row], K]) -> dict[K, ThinnedRecords]:
+    out: dict[K, ThinnedRecords] = {}
     for row in (lines := LogReader(path)):
         with file_errors(path, DataError, record=lines.record):
-            out.setdefault(str(row["benchmark"]), ThinnedRecords()).add(row)
+            out.setdefault(key_of(row), ThinnedRecords()).add(row)
     return out
 
 

@@ -87,14 +87,6 @@ class Checkpointer:
         state = Checkpoint(progress, states, recipe, versions(), process.world_size)
         self.writer.save(tensors, state, best=self._best_step())
 
-    def wait(self) -> None:
-        """Wait until the checkpoint is on the disk. Raises CheckpointError if it could not be written."""
-        self.writer.wait()
-
-    def check(self) -> None:
-        """Raise CheckpointError if a checkpoint is known to have failed."""
-        self.writer.check()
-
     def _best_step(self) -> int | None:
         path = self._output.dir / "best.json"
         if not (self._output.keep_best and path.is_file()):
@@ -336,17 +328,16 @@ def _parse_inputs(
         samples = {_data_field(number): int(one["samples"]) for number, one in enumerate(before["data"])}
         files = {_data_field(number): one["files"] for number, one in enumerate(before["data"])} | before["model"]
         return samples, {
-            field: {name: _parse_fingerprint(*values) for name, values in named.items()}
+            field: {
+                name: FileFingerprint(int(size), int(mtime_ns), int(pieces), str(sha256))
+                for name, (size, mtime_ns, pieces, sha256) in named.items()
+            }
             for field, named in files.items()
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"not the fingerprints of a run ({type(error).__name__}: {error})", file=folder / "inputs.json"
         ) from error
-
-
-def _parse_fingerprint(size: int, mtime_ns: int, pieces: int, sha256: str) -> FileFingerprint:
-    return FileFingerprint(int(size), int(mtime_ns), int(pieces), str(sha256))
 
 
 def _data_field(number: int) -> str:

@@ -105,21 +105,15 @@ def open_initial_model(recipe: Recipe) -> Checkpoint:
     read, or a tower without the requested features.
     """
     source, data = recipe.model, recipe.data
-    checkpoint = (
-        open_checkpoint(source.path)
-        if source.path
-        else open_components(
-            llm=source.llm,
-            vision=source.vision,
-            projector=source.projector,
-            select_layer=source.select_layer,
-            select_feature=source.select_feature,
-            image_size=source.image_size,
-            image_mode=source.image_mode or "pad",
-            exif_orientation=source.exif_orientation is not False,
-            template=source.template or NEW_TEMPLATE,
-        )
-    )
+    if source.path:
+        checkpoint = open_checkpoint(source.path)
+    else:
+        settings = source.model_dump(exclude={"path", "projector_init"}) | {
+            "image_mode": source.image_mode or "pad",
+            "exif_orientation": source.exif_orientation is not False,
+            "template": source.template or NEW_TEMPLATE,
+        }
+        checkpoint = open_components(**settings)
     if source.template:
         checkpoint.config.template = checkpoint.processor.template = source.template
     own = checkpoint.processor.find_template().name

@@ -124,7 +124,8 @@ class Trainer:
                 for callback in self.callbacks:
                     callback.on_step_end(self, metrics)
                 self.events.advanced(self.name, self._progress_units() - units, **_displayed(metrics))
-                number = stop.number if self.world.is_single else _first_signal(ranks)
+                signals = [stop.number] if self.world.is_single else [stats.stop_signal for stats in ranks]
+                number = next(filter(None, signals), 0)
                 if number or self.checkpointer.is_due(self.progress.step) or ranks[0].is_save_overdue:
                     self._save(wait=bool(number))
                 if number:
@@ -176,7 +177,7 @@ class Trainer:
         data = StepData([], [], [])
         problem: VilaError | None = None
         try:
-            self.checkpointer.check()
+            self.checkpointer.writer.check()
             data = self.data.next_step()
         except VilaError as error:
             problem = error
@@ -269,7 +270,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_save(self)
         if wait:
-            self.checkpointer.wait()
+            self.checkpointer.writer.wait()
         self.checkpointer.start_timer()
 
     def _add_timing(self, metrics: dict[str, Any], seconds: float) -> None:
@@ -294,12 +295,8 @@ class Trainer:
         return min(_PROGRESS_UNITS, int(_PROGRESS_UNITS * self.schedule.budget_fraction(self.progress)))
 
 
-def _first_signal(ranks: Sequence[RankStepStats]) -> int:
-    return next((stats.stop_signal for stats in ranks if stats.stop_signal), 0)
-
-
 def _displayed(metrics: dict[str, Any]) -> dict[str, float]:
     """Return the metrics that the progress bar shows, by label."""
-    names = {"step": "step", "loss": "loss", "lr": "lr", "tokens/s": "tokens_per_second", "MFU": "mfu"}
-    names["GiB"] = "memory_gib"
-    return {label: metrics[name] for label, name in names.items() if name in metrics}
+    labels = {"tokens_per_second": "tokens/s", "mfu": "MFU", "memory_gib": "GiB"}
+    shown = ("step", "loss", "lr", *labels)
+    return {labels.get(name, name): metrics[name] for name in shown if name in metrics}
