@@ -32,8 +32,8 @@ class Item:
     truth:       reference answer, or the most frequent of several; "" if only the benchmark's server has it.
     group:       items with the same group share an image and go into one batch.
     category:    question category; scores are also reported per category.
-    question_id: id in the benchmark's files, not necessarily unique; None: `id`.
-    prompt:      question text to write into prediction files; "": the text of the last message.
+    question_id: id in the benchmark's files, not necessarily unique; `id` by default.
+    prompt:      question text to write into prediction files; the text of the last message by default.
     template:    conversation template if the benchmark prescribes one; "": the model's.
     image_mode:  image preprocessing if the benchmark prescribes one; None: the model's.
     extra:       additional keys of the prediction record, such as options.
@@ -44,11 +44,17 @@ class Item:
     truth: str
     group: str
     category: str = ""
-    question_id: str | int | None = None
+    question_id: str | int = ""
     prompt: str = ""
     template: str = ""
     image_mode: ImageMode | None = None
     extra: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
+
+    def __post_init__(self) -> None:
+        if self.question_id == "":
+            object.__setattr__(self, "question_id", self.id)
+        if not self.prompt:
+            object.__setattr__(self, "prompt", self.messages[-1].text)
 
 
 @dataclass(frozen=True, slots=True)

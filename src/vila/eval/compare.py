@@ -58,6 +58,31 @@ class BenchmarkComparison:
         return benchmark_title(self.name)
 
 
+@dataclass(frozen=True)
+class RunComparison:
+    """The second of two runs against the first. left_out: title of benchmarks that are not compared, and why."""
+
+    runs: tuple[EvalRun, EvalRun]
+    benchmarks: list[BenchmarkComparison]
+    left_out: list[tuple[str, str]]
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Names of the runs: their models, or their folders if the models have the same name."""
+        first, second = self.runs
+        models = first.short_model, second.short_model
+        if models[0] != models[1]:
+            return models
+        folders = first.path.resolve().name, second.path.resolve().name
+        return folders if folders[0] != folders[1] else (str(first.path), str(second.path))
+
+    @property
+    def remarks(self) -> list[tuple[str, str]]:
+        """Title of a benchmark and what was not compared."""
+        remarks = [(one.title, one.remark) for one in self.benchmarks if one.remark]
+        return [*remarks, *((name, f"not compared: {reason}") for name, reason in self.left_out)]
+
+
 def compare_runs(first: Path, second: Path, out: Path) -> list[Path]:
     """Write compare.html, compare.md and compare.json into `out`: the second run against the first.
 
@@ -65,22 +90,19 @@ def compare_runs(first: Path, second: Path, out: Path) -> list[Path]:
     that of the mean question scores, in percentage points; for MME and POPE it is not the difference of the scores.
     Raises DataError if a directory is not a run folder or nothing can be compared.
     """
-    runs = read_run(first), read_run(second)
-    comparisons: list[BenchmarkComparison] = []
-    left_out: list[tuple[str, str]] = []
-    for name in dict.fromkeys([*runs[0].folders, *runs[1].folders]):
+    found = RunComparison((read_run(first), read_run(second)), [], [])
+    for name in dict.fromkeys(name for run in found.runs for name in run.folders):
         try:
-            comparisons.append(_compare(name, *runs))
+            found.benchmarks.append(_compare(name, *found.runs))
         except DataError as error:
-            left_out.append((benchmark_title(name), str(error)))
-    if not comparisons:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out)
+            found.left_out.append((benchmark_title(name), str(error)))
+    if not found.benchmarks:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.left_out)
         raise DataError(f"nothing to compare with {first} ({reasons or 'no benchmarks'})", file=second)
-    names = _names(*runs)
     paths = [out / f"compare.{suffix}" for suffix in ("html", "md", "json")]
-    _page(names, runs, comparisons, left_out).save(paths[0])
-    write_text(paths[1], _markdown(names, comparisons, left_out))
-    write_json(paths[2], _json(runs, comparisons, left_out))
+    _page(found).save(paths[0])
+    write_text(paths[1], _markdown(found))
+    write_json(paths[2], _json(found))
     return paths
 
 
@@ -125,25 +147,12 @@ def _scores(path: Path) -> dict[str, Any]:
     return scores
 
 
-def _names(first: EvalRun, second: EvalRun) -> tuple[str, str]:
-    """Return names for the runs: their models, or their folders if the models have the same name."""
-    models = first.short_model, second.short_model
-    if models[0] != models[1]:
-        return models
-    folders = first.path.resolve().name, second.path.resolve().name
-    return folders if folders[0] != folders[1] else (str(first.path), str(second.path))
-
-
-def _page(
-    names: tuple[str, str],
-    runs: tuple[EvalRun, EvalRun],
-    comparisons: Sequence[BenchmarkComparison],
-    left_out: list[tuple[str, str]],
-) -> Page:
+def _page(found: RunComparison) -> Page:
+    names, comparisons = found.names, found.benchmarks
     page = Page(
         f"{names[1]} against {names[0]}",
         "Paired by question. Positive differences: the second run is better.",
-        f"First run: {runs[0].path}. Second run: {runs[1].path}. This file is self-contained.",
+        f"First run: {found.runs[0].path}. Second run: {found.runs[1].path}. This file is self-contained.",
     )
     significant = [one for one in comparisons if one.paired.p <= SIGNIFICANCE_LEVEL]
     better = sum(one.paired.difference > 0 for one in significant)
@@ -165,9 +174,9 @@ def _page(
         for one in comparisons
     ]
     page.plot(bar_plot(groups, title="Second run minus first, in percentage points", write=format_signed))
-    page.table(*_table(names, comparisons))
-    if remarks := _remarks(comparisons, left_out):
-        page.text("Remarks:").table((), remarks)
+    page.table(*_table(found))
+    if found.remarks:
+        page.text("Remarks:").table((), found.remarks)
     for one in comparisons:
         if not one.changes:
             continue
@@ -195,7 +204,7 @@ def _card(names: tuple[str, str], change: AnswerChange) -> Card:
     return Card(sample.image, shown, better, verdict="better" if better else "worse")
 
 
-def _table(names: tuple[str, str], comparisons: Sequence[BenchmarkComparison]) -> Table:
+def _table(found: RunComparison) -> Table:
     rows: list[list[Cell]] = [
         [
             f"{one.title} ({one.unit})",
@@ -207,48 +216,35 @@ def _table(names: tuple[str, str], comparisons: Sequence[BenchmarkComparison]) -
             one.paired.worse,
             one.paired.questions,
         ]
-        for one in comparisons
+        for one in found.benchmarks
     ]
-    return Table(["benchmark", *names, "difference", "95 % interval", "p", "better", "worse", "questions"], rows)
+    return Table(["benchmark", *found.names, "difference", "95 % interval", "p", "better", "worse", "questions"], rows)
 
 
-def _remarks(comparisons: Sequence[BenchmarkComparison], left_out: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    remarks = [(one.title, one.remark) for one in comparisons if one.remark]
-    return [*remarks, *((name, f"not compared: {reason}") for name, reason in left_out)]
-
-
-def _markdown(
-    names: tuple[str, str], comparisons: Sequence[BenchmarkComparison], left_out: list[tuple[str, str]]
-) -> str:
+def _markdown(found: RunComparison) -> str:
+    names = found.names
     parts = [
         f"# {cell(names[1])} against {cell(names[0])}",
-        markdown_table(_table(names, comparisons)),
+        markdown_table(_table(found)),
         "Difference of the mean question scores in percentage points, second run minus first, on shared questions.",
-        *bullets("Remarks:", _remarks(comparisons, left_out)),
+        *bullets("Remarks:", found.remarks),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _json(
-    runs: tuple[EvalRun, EvalRun], comparisons: Sequence[BenchmarkComparison], left_out: list[tuple[str, str]]
-) -> Any:
-    return plain(
-        {
-            "first": str(runs[0].path),
-            "second": str(runs[1].path),
-            "benchmarks": {
-                one.name: {
-                    "scores": one.scores,
-                    "unit": one.unit,
-                    **one.paired.as_json(),
-                    "remark": one.remark,
-                    "changes": [_change(change) for change in one.changes],
-                }
-                for one in comparisons
-            },
-            "not_compared": dict(left_out),
+def _json(found: RunComparison) -> Any:
+    benchmarks = {
+        one.name: {
+            "scores": one.scores,
+            "unit": one.unit,
+            **one.paired.as_json(),
+            "remark": one.remark,
+            "changes": [_change(change) for change in one.changes],
         }
-    )
+        for one in found.benchmarks
+    }
+    first, second = (str(run.path) for run in found.runs)
+    return plain({"first": first, "second": second, "benchmarks": benchmarks, "not_compared": dict(found.left_out)})
 
 
 def _change(change: AnswerChange) -> dict[str, Any]:

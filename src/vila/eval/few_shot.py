@@ -39,14 +39,7 @@ class FewShotBenchmark(Benchmark):
         for item in items:
             by_group[item.group or item.id].append(item)
         examples = {group: self._choose(group, own) for group, own in by_group.items()}
-        return [
-            replace(
-                item,
-                messages=_prepend(examples[item.group or item.id], item.messages),
-                prompt=item.prompt or item.messages[-1].text,
-            )
-            for item in items
-        ]
+        return [replace(item, messages=_prepend(examples[item.group or item.id], item.messages)) for item in items]
 
     def _choose(self, group: str, questions: Sequence[Item]) -> tuple[Message, ...]:
         """Draw the examples of a group, with other images, each once; depends only on the seed and the group."""
@@ -110,9 +103,7 @@ def few_shot(benchmark: Benchmark, k: int, pool: Sequence[Item], seed: int = 0, 
     return FewShotBenchmark(benchmark, k, pool, seed, shuffled)
 
 
-def few_shot_variants(
-    benchmark: Benchmark, name: str, folder: Path, counts: Sequence[int], seed: int = 0
-) -> list[Benchmark]:
+def few_shot_variants(benchmark: Benchmark, name: str, folder: Path, counts: Sequence[int]) -> list[Benchmark]:
     """Return a registered benchmark with each number of examples, with correct and with wrong answers.
 
     Raises DataError if the benchmark has no example pool.
@@ -125,7 +116,7 @@ def few_shot_variants(
         )
     pool = EXAMPLE_POOLS[name](folder)
     return [
-        few_shot(benchmark, count, pool, seed, shuffled)
+        few_shot(benchmark, count, pool, shuffled=shuffled)
         for count in counts
         for shuffled in ((False, True) if count else (False,))
     ]

@@ -71,8 +71,8 @@ def prediction_record(item: Item, text: str) -> dict[str, Any]:
     """Return the record of an answer, with the keys that the original scripts read."""
     return {
         "id": item.id,
-        "question_id": item.id if item.question_id is None else item.question_id,
-        "prompt": item.prompt or item.messages[-1].text,
+        "question_id": item.question_id,
+        "prompt": item.prompt,
         "text": text,
         "truth": item.truth,
         **item.extra,
@@ -81,16 +81,7 @@ def prediction_record(item: Item, text: str) -> dict[str, Any]:
 
 def predicted_answers(items: Iterable[Item], texts: Mapping[str, str]) -> list[Answer]:
     """Return the answers as `Benchmark.score` takes them, in the order of the items."""
-    return [
-        Answer(
-            question_id=item.id if item.question_id is None else item.question_id,
-            text=texts[item.id],
-            prompt=item.prompt or item.messages[-1].text,
-            id=item.id,
-        )
-        for item in items
-        if item.id in texts
-    ]
+    return [Answer(item.question_id, texts[item.id], item.prompt, id=item.id) for item in items if item.id in texts]
 
 
 def read_predictions(folder: Path, known: Iterable[str]) -> Predictions:

@@ -142,18 +142,8 @@ def line_plot(
     return _plot(title, y_label, text, draw if any(ends) else None, legend if has_legend else [], x_label, note)
 
 
-def dot_plot(
-    series: Sequence[Dots],
-    *,
-    title: str,
-    x_label: str = "",
-    y_label: str = "",
-    write: Callable[[float], str] = write_number,
-) -> Markup:
-    """Return points with intervals, joined in the order of x; the x axis has ticks at the points only.
-
-    write: formats a value in the text for screen readers.
-    """
+def dot_plot(series: Sequence[Dots], *, title: str, x_label: str = "") -> Markup:
+    """Return points with intervals, joined in the order of x; the x axis has ticks at the points only."""
     shown = [_finite(each) for each in series]
     ticks = sorted({x for each in shown for x, _ in each.points})
 
@@ -181,9 +171,9 @@ def dot_plot(
                 )
         axes.set_xticks(ticks, [write_number(x) for x in ticks])
 
-    text = "; ".join(f"{each.name}: {_points_as_text(each, write)}" for each in shown)
+    text = "; ".join(f"{each.name}: {_points_as_text(each)}" for each in shown)
     legend = [_LegendEntry(f"line{index % len(LINE_COLOURS)}", each.name) for index, each in enumerate(shown)]
-    return _plot(title, y_label, text, draw if ticks else None, legend if len(legend) > 1 else [], x_label)
+    return _plot(title, "", text, draw if ticks else None, legend if len(legend) > 1 else [], x_label)
 
 
 def bar_plot(
@@ -389,12 +379,12 @@ def _finite(each: Dots) -> Dots:
     return Dots(each.name, points, {x: intervals[x] for x, _ in points if x in intervals})
 
 
-def _points_as_text(each: Dots, write: Callable[[float], str]) -> str:
+def _points_as_text(each: Dots) -> str:
     words = []
     for x, y in each.points:
         ends = each.intervals.get(x)
-        interval = f" ({write(ends[0])} to {write(ends[1])})" if ends else ""
-        words.append(f"{write(y)} at {write_number(x)}{interval}")
+        interval = f" ({write_number(ends[0])} to {write_number(ends[1])})" if ends else ""
+        words.append(f"{write_number(y)} at {write_number(x)}{interval}")
     return ", ".join(words) or "no data"
 
 

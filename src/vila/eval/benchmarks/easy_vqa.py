@@ -78,7 +78,7 @@ class EasyVqa(Benchmark):
 
 def _answers_by_item(name: str, answers: Sequence[Answer], items: Sequence[Item]) -> dict[str, str]:
     """Return the answers by item id. Raises DataError with ids unless every item has exactly one."""
-    known = {str(item.id if item.question_id is None else item.question_id): item.id for item in items}
+    known = {str(item.question_id): item.id for item in items}
     texts: dict[str, str] = {}
     for answer in answers:
         key = answer.id or known.get(str(answer.question_id), str(answer.question_id))
