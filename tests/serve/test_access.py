@@ -169,7 +169,7 @@ def test_the_gradio_app_has_the_middleware(tmp_path):
     from vila.serve.demo.client import ApiClient
     from vila.serve.demo.ui import launch
 
-    blocks, url = launch(ApiClient("http://127.0.0.1:9"), "starter", tmp_path, host="127.0.0.1", port=0)
+    blocks, url = launch(ApiClient("http://127.0.0.1:9"), ["one"], "starter", tmp_path, host="127.0.0.1", port=0)
     try:
         assert httpx2.get(url).status_code == 200
         assert httpx2.get(url, headers={"Host": "evil.example"}).status_code == 403

@@ -1,4 +1,4 @@
-"""The demo's page in a real browser: uploads, streams, examples, refusals, two models, a phone.
+"""The demo's page in a real browser: uploads, streaming, stop, retry, edits, examples, errors, two models, a phone.
 
 Needs `pip install 'vila-vlm[demo]' playwright` and a Chromium or Chrome on the PATH.
 """
@@ -62,8 +62,7 @@ def page(browser, address):
     elsewhere = []
     page.on("request", lambda request: elsewhere.append(request.url))
     page.goto(address)
-    page.wait_for_function("document.querySelector('#status')?.innerText.includes('Ready')", timeout=60_000)
-    page.wait_for_function("document.querySelector('#two') !== null", timeout=60_000)
+    page.wait_for_selector("#two", timeout=60_000)
     yield page
     outside = [url for url in elsewhere if not url.startswith((address.rstrip("/"), "data:", "blob:"))]
     page.close()
@@ -73,23 +72,28 @@ def page(browser, address):
 def ask(page, text, files=()):
     if files:
         page.set_input_files("#question input[type=file]", [str(file) for file in files])
-        page.wait_for_timeout(1500)
+        page.wait_for_function(f"document.querySelectorAll('#question img').length == {len(files)}", timeout=30_000)
     page.fill("#question textarea", text)
     page.locator("#question textarea").press("Enter")
 
 
-def paced(page, side="one"):
+def answered(page, side="one"):
     page.wait_for_function(f"document.querySelector('#speed-{side}').innerText.includes('tokens/s')", timeout=60_000)
+    page.wait_for_selector("#question textarea:enabled", timeout=30_000)
 
 
-def shorten(page):
-    page.get_by_text("Settings", exact=True).click()
-    page.get_by_label("number input for Maximum new tokens").fill("40")
+def limit_tokens(page, number):
+    page.get_by_text("Generation settings").click()
+    page.get_by_label("number input for Maximum new tokens").fill(str(number))
     page.keyboard.press("Tab")
 
 
+def answers(page, side="one"):
+    return page.locator(f"#{side} .bot.message").all_inner_texts()
+
+
 def test_two_images_are_answered_by_both_models_in_a_stream(page, images):
-    shorten(page)
+    limit_tokens(page, 40)
     ask(page, "what are they?", [images / "1.png", images / "2.png"])
     lengths = set()
     until = time.monotonic() + 60
@@ -97,33 +101,68 @@ def test_two_images_are_answered_by_both_models_in_a_stream(page, images):
         lengths.add(len(page.inner_text("#one")))
         page.wait_for_timeout(20)
     assert len(lengths) > 3  # it grew
-    paced(page, "two")
+    answered(page, "two")
     assert page.locator("#one .message img").count() == 2
+    assert page.locator("#two .message img").count() == 2
     assert "40 tokens" in page.inner_text("#speed-one")
     # The two models have the same weights.
-    answers = [page.locator(f"#{side} .bot.message").last.inner_text() for side in ("one", "two")]
-    assert answers[0] and answers[0] == answers[1]
+    assert answers(page)
+    assert answers(page) == answers(page, "two")
+
+
+def test_a_stopped_answer_stays_and_can_be_retried_and_undone(page):
+    limit_tokens(page, 1024)
+    ask(page, "first?")
+    page.wait_for_selector("#two .bot.message", timeout=60_000)
+    page.evaluate("document.querySelector('#question .stop-button').click()")  # no wait until the layout is stable
+    page.wait_for_selector("#question textarea:enabled", timeout=30_000)
+    assert "1024 tokens" not in page.inner_text("#speed-two")
+    page.get_by_label("number input for Maximum new tokens").fill("20")
+    page.keyboard.press("Tab")
+    page.locator("#one button[title=Retry]").click()
+    answered(page)
+    assert "20 tokens" in page.inner_text("#speed-one")
+    assert page.locator("#two .user.message").count() == page.locator("#one .user.message").count()
+    page.locator("#one button[title=Undo]").click()
+    page.wait_for_function("document.querySelector('#question textarea').value == 'first?'", timeout=30_000)
+    page.wait_for_function("!document.querySelector('#one .message') && !document.querySelector('#two .message')")
 
 
 def test_an_invalid_upload_shows_the_servers_error(page, images):
-    shorten(page)
-    ask(page, "what is it?", [images / "page.png"])
+    limit_tokens(page, 40)
+    page.set_input_files("#question input[type=file]", [str(images / "page.png")])
+    page.wait_for_timeout(1500)
+    ask(page, "what is it?")
     page.wait_for_function("document.querySelector('#one').innerText.includes('not an image')", timeout=60_000)
-    page.get_by_role("button", name="New conversation").click()
-    page.wait_for_timeout(500)
+    page.wait_for_selector("#question textarea:enabled", timeout=30_000)
     ask(page, "hello")
-    paced(page)
+    answered(page)
+    page.locator("#two button[title=Clear]").click()
+    page.wait_for_function("!document.querySelector('#one .message') && !document.querySelector('#two .message')")
 
 
-def test_examples_and_the_gallery_fill_the_question(page):
-    shorten(page)
-    page.get_by_text("Few-shot examples").click()
-    page.get_by_role("button", name="Colour", exact=True).or_(page.get_by_role("button", name="Counting")).click()
-    page.wait_for_function("document.querySelector('#shot-answer-0 textarea').value.length > 0", timeout=30_000)
-    page.locator("#gallery .thumbnail-item").first.click()
+def test_an_edited_few_shot_answer_is_kept(page):
+    limit_tokens(page, 40)
+    page.locator("#few-shot button").first.click()
+    page.wait_for_function("document.querySelector('#question textarea').value.length > 0", timeout=30_000)
+    assert page.locator("#two .bot.message").count() == 2
+    page.locator("#one button[title=Edit]:visible").first.click()
+    page.fill("#one textarea", "two of them")
+    page.locator("#one button[title=Submit]").click()
+    page.wait_for_timeout(1000)
+    page.locator("#question textarea").press("Enter")
+    answered(page)
+    assert answers(page)[0].strip() == "two of them"
+    assert len(answers(page)) == 3
+
+
+def test_an_example_fills_the_question(page):
+    limit_tokens(page, 40)
+    page.locator("#examples button").first.click()
     page.wait_for_function("document.querySelector('#question textarea').value.length > 0", timeout=30_000)
     page.locator("#question textarea").press("Enter")
-    paced(page)
+    answered(page)
+    assert page.locator("#one .message img").count() == 1
 
 
 def test_a_phone_shows_the_whole_page_without_scrolling_sideways(browser, address):

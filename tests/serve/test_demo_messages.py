@@ -1,34 +1,30 @@
-"""Messages and chats of the demo, without a browser or server."""
+"""Messages, answers and examples of the demo, without a browser or Gradio."""
 
+import asyncio
 import base64
 import json
-import threading
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from tests.serve import fixtures
 from vila.core.errors import MediaError
 from vila.serve.demo.client import (
     MAX_BYTES,
-    FewShotExample,
-    Settings,
+    ApiClient,
     StreamState,
     conversation,
     data_url,
+    sampling_parameters,
+    side_by_side,
     user_message,
 )
-from vila.serve.demo.gallery import SCENES, SHAPES, gallery_for, save_images, worked_examples
-from vila.serve.demo.ui import (
-    NONE,
-    add_image,
-    cells_of,
-    last_question,
-    run_side_by_side,
-    shots_of,
-    undo_question,
-    with_answer,
-)
+from vila.serve.demo.gallery import SCENES, SHAPES, few_shot_turns, gallery_for
+from vila.serve.demo.ui import NONE, answer, answer_turns, before_question
+
+GREEDY = sampling_parameters(8, 0, 1, 0)
 
 
 @pytest.fixture
@@ -41,8 +37,14 @@ def message(text, role="user"):
     return {"role": role, "content": text}
 
 
-def file_of(path):
-    return {"role": "user", "content": [{"type": "file", "file": {"path": path}}]}
+def shown(path, text):
+    """A question in the format that Gradio passes back."""
+    file = {"type": "file", "file": {"path": path, "mime_type": "image/png"}, "alt_text": None}
+    return {"role": "user", "metadata": None, "content": [file, {"type": "text", "text": text}], "options": None}
+
+
+def text_of(turns):
+    return [turn["content"] for turn in turns]
 
 
 def test_files_are_sent_unchanged(image):
@@ -69,143 +71,191 @@ def test_invalid_uploads_are_rejected_by_name(tmp_path, name, content, words):
 def test_images_and_videos_precede_the_text(image, tmp_path):
     clip = tmp_path / "b.mp4"
     clip.write_bytes(b"clip")
-    kinds = [part["type"] for part in user_message("what?", [image, clip, image])["content"]]
+    kinds = [part["type"] for part in user_message("what?", [image, str(clip), image])["content"]]
     assert kinds == ["image_url", "video_url", "image_url", "text"]
-
-
-def test_consecutive_user_turns_are_merged(image):
-    messages = conversation([file_of(image), file_of(image), message("two of what?")])
-    assert [one["role"] for one in messages] == ["user"]
-    assert [part["type"] for part in messages[0]["content"]] == ["image_url", "image_url", "text"]
+    assert [part["type"] for part in user_message("", [image])["content"]] == ["image_url"]
 
 
 def test_earlier_turns_keep_images_and_notices_are_not_sent(image):
-    notice = {"role": "assistant", "content": "too large", "metadata": {"title": "The server refused"}}
-    before = [file_of(image), message("one?"), message("a dot", "assistant"), message("two?")]
-    chat = [*before, notice, message("and now?")]
+    notice = {"role": "assistant", "content": "too large", "metadata": {"title": "Error"}}
+    chat = [shown(image, "one?"), message("a dot", "assistant"), message("two?"), notice, message("and now?")]
     messages = conversation(chat, system="Be brief.")
     assert [one["role"] for one in messages] == ["system", "user", "assistant", "user"]
-    assert messages[1]["content"][0]["type"] == "image_url"
+    assert [part["type"] for part in messages[1]["content"]] == ["image_url", "text"]
     # The question that was refused is not sent again.
     assert messages[3]["content"] == [{"type": "text", "text": "and now?"}]
 
 
-def test_an_empty_answer_is_shown_and_its_question_dropped(image):
-    chat = with_answer([file_of(image), message("a?")], StreamState(done=True, tokens=0))
-    assert chat[-1]["metadata"]["title"]
-    assert with_answer([message("a?")], StreamState()) == [message("a?")]
-    messages = conversation([*chat, message("b?")])
+def test_a_refused_file_does_not_refuse_later_questions(tmp_path):
+    (tmp_path / "a.png").touch()
+    refused = shown(str(tmp_path / "a.png"), "what?")
+    with pytest.raises(MediaError):
+        conversation([refused])
+    assert len(conversation([refused, message("and now?")])) == 1
+
+
+def test_an_empty_answer_is_shown_and_its_question_dropped():
+    assert answer_turns(StreamState()) == []
+    (notice,) = answer_turns(StreamState(done=True))
+    assert notice["metadata"]["title"]
+    messages = conversation([message("a?"), notice, message("b?")])
     assert messages == [{"role": "user", "content": [{"type": "text", "text": "b?"}]}]
 
 
-def test_unpaired_surrogates_are_replaced(image):
+def test_errors_are_shown_as_text_and_never_sent():
+    turns = answer_turns(StreamState("half", problem="<b>queue</b> full", done=True))
+    assert text_of(turns) == ["half", "&lt;b&gt;queue&lt;/b&gt; full"]
+    messages = conversation([message("a?"), *turns, message("b?")])
+    assert [one["role"] for one in messages] == ["user", "assistant", "user"]
+    assert messages[1]["content"] == "half"
+
+
+def test_unpaired_surrogates_are_replaced():
     half = "a\ud83d"
-    messages = conversation(
-        [message(half), message(half, "assistant"), message(half)],
-        [FewShotExample("", half, half)],
-        system=half,
-    )
+    messages = conversation([message(half), message(half, "assistant"), message(half)], system=half)
     json.dumps(messages, ensure_ascii=False).encode()
     assert messages[0]["content"] == "a\ufffd"
     assert conversation([message("\ud83d\ude00")])[0]["content"][0]["text"] == "\U0001f600"
 
 
-def test_a_notice_without_metadata_of_the_page_is_an_answer():
-    plain = {"role": "assistant", "content": "yes", "metadata": None}
-    assert conversation([message("a?"), plain, message("b?")])[1] == {"role": "assistant", "content": "yes"}
-
-
-def test_few_shot_examples_are_earlier_turns(image):
-    shots = [FewShotExample(image, "red"), FewShotExample("", "no", "is it round?")]
-    messages = conversation([message("what color?")], shots)
-    assert [one["role"] for one in messages] == ["user", "assistant", "user", "assistant", "user"]
-    assert messages[0]["content"][-1]["text"] == "what color?"
-    assert messages[2]["content"] == [{"type": "text", "text": "is it round?"}]
-    assert messages[3]["content"] == "no"
-
-
-def test_builder_fields_round_trip(image):
-    shots = [FewShotExample(image, "red"), FewShotExample("", "no", "round?")]
-    cells = cells_of(shots, 4)
-    assert len(cells) == 12
-    assert shots_of(cells) == shots
-    assert shots_of([image, "  ", "a question without an answer"]) == []
-
-
 def test_only_effective_settings_are_sent():
-    assert Settings().parameters() == {"max_tokens": 256, "temperature": 0.0}
-    assert Settings(5, 0.7, 0.9, 3).parameters() == {"max_tokens": 5, "temperature": 0.7, "top_p": 0.9, "seed": 3}
-
-
-def test_errors_are_shown_and_never_sent():
-    shown = with_answer([message("a?")], StreamState("half", problem="queue full", done=True))
-    assert [turn["content"] for turn in shown] == ["a?", "half", "queue full"]
-    assert [one["role"] for one in conversation([*shown, message("b?")])] == ["user", "assistant", "user"]
+    assert sampling_parameters(256.0, 0, 0.9, 3) == {"max_tokens": 256, "temperature": 0}
+    assert sampling_parameters(5, 0.7, 0.9, None) == {"max_tokens": 5, "temperature": 0.7, "top_p": 0.9, "seed": 0}
 
 
 def test_speed_counts_the_tokens_after_the_first():
     state = StreamState("x", tokens=11, first=0.5, last=2.5, done=True)
     assert state.speed() == "first token 0.50 s · 5.0 tokens/s · 11 tokens"
+    assert StreamState("x", tokens=1, first=0.5, last=0.5, done=True).speed() == "first token 0.50 s · 1 token"
     assert StreamState().speed() == ""
 
 
-def test_two_answers_are_streamed_concurrently_and_fail_independently():
-    meet = threading.Barrier(2, timeout=10)
+def test_two_answers_are_streamed_concurrently_and_cancelled_together():
+    closed = []
 
-    def growing(text):
-        for end in range(1, len(text) + 1):
-            if end == 1:
-                meet.wait()  # both must be under way at once
-            yield StreamState(text[:end], done=end == len(text))
+    async def growing(name, meet, end):
+        try:
+            await meet.wait()  # both must be under way at once
+            for length in range(1, end + 1):
+                yield StreamState(name * length, done=length == end)
+                await asyncio.sleep(0)
+        finally:
+            closed.append(name)
 
-    def failing():
-        meet.wait()
-        yield StreamState("so")
-        raise RuntimeError("gone")
+    async def states(ends, limit):
+        meet = asyncio.Barrier(2)
+        async with aclosing(side_by_side([growing("a", meet, ends[0]), growing("b", meet, ends[1])])) as updates:
+            seen = []
+            async for state in updates:
+                seen.append(state)
+                if len(seen) == limit:
+                    break
+        await asyncio.sleep(0.01)
+        return seen
 
-    last = list(run_side_by_side({"one": growing("answer"), "two": failing()}))[-1]
-    assert last["one"] == StreamState("answer", done=True)
-    assert last["two"].problem == "gone"
-
-
-def test_undo_returns_the_question_with_its_images(image):
-    one = [
-        message("first?"),
-        message("1", "assistant"),
-        file_of(image),
-        message("second?"),
-        message("2", "assistant"),
-    ]
-    two = [file_of(image), message("second?"), message("zwei", "assistant")]
-    question, one, two = undo_question(one, two)
-    assert question == {"text": "second?", "files": [image]}
-    assert [turn["content"] for turn in one] == ["first?", "1"]
-    assert two == []
-    assert last_question([]) == 0
-    assert undo_question([], [])[0] == {"text": "", "files": []}
+    assert asyncio.run(states((3, 1), None))[-1] == [StreamState("aaa", done=True), StreamState("b", done=True)]
+    closed.clear()
+    assert len(asyncio.run(states((100, 100), 4))) == 4
+    assert sorted(closed) == ["a", "b"]
 
 
-def test_a_camera_image_is_added_to_the_question(image):
-    assert add_image({"text": "what?", "files": ["b.png"]}, image)["files"] == ["b.png", image]
-    assert add_image(None, None) == {"text": "", "files": []}
+@pytest.fixture(scope="module")
+def client(app):
+    pytest.importorskip("openai", reason="needs pip install 'vila-vlm[demo]'")
+    with fixtures.on_a_port(app) as port:
+        yield ApiClient(f"http://127.0.0.1:{port}")
 
 
-def test_the_gallery_depends_on_the_training_data(tmp_path):
+def outputs(client, prompt, chats, names):
+    async def collect():
+        return [output async for output in answer(client, prompt, chats, names, "", GREEDY)]
+
+    return asyncio.run(collect())
+
+
+def test_the_models_of_the_server_are_listed(client):
+    assert client.models()[0] == "tiny"
+
+
+def test_two_models_are_asked_and_fail_independently(client, app, image):
+    first, *_, last = outputs(client, {"text": "is it red", "files": [image]}, ([], []), ("tiny", "none"))
+    question = {"role": "user", "content": [{"path": image}, "is it red"]}
+    assert first == ([], [question], "", "")  # the question is shown at once
+    one, two, speed, no_speed = last
+    expected = fixtures.ask(app, messages=[user_message("is it red", [image])], max_tokens=8).json()
+    assert text_of(one) == [expected["choices"][0]["message"]["content"]]
+    assert speed.endswith(" 8 tokens")
+    assert two[0] == question
+    assert "none" in two[1]["content"]
+    assert two[1]["metadata"]["title"]
+    assert no_speed == ""
+
+
+def test_a_single_model_is_asked_if_none_is_compared(client):
+    one, two, _, speed = outputs(client, {"text": "yes", "files": []}, ([], []), ("tiny", NONE))[-1]
+    assert [turn["role"] for turn in one] == ["assistant"]
+    assert text_of(two) == [["yes"]]
+    assert speed == ""
+
+
+def test_a_retried_question_replaces_its_answer_in_the_second_chat(client, app, image):
+    before = [message("first?"), message("1", "assistant")]
+    two = [*before, shown(image, "second?"), message("2", "assistant")]
+    # Gradio passes the files of an earlier question as mappings.
+    prompt = {"text": "second?", "files": [{"path": image, "mime_type": "image/png"}]}
+    chat = outputs(client, prompt, (before, two), ("tiny", "tiny"))[-1][1]
+    expected = fixtures.ask(app, messages=conversation([*before, shown(image, "second?")]), max_tokens=8).json()
+    answered = expected["choices"][0]["message"]["content"]
+    assert text_of(chat) == ["first?", "1", [{"path": image}, "second?"], answered]
+
+
+def test_an_empty_file_is_named_in_the_chat(client, tmp_path):
+    (tmp_path / "empty.png").touch()
+    one, *_ = outputs(client, {"text": "a?", "files": [str(tmp_path / "empty.png")]}, ([], []), ("tiny", NONE))[-1]
+    assert "empty.png" in one[0]["content"]
+    assert one[0]["metadata"]["title"]
+
+
+def test_a_missing_server_is_named_in_the_chat():
+    pytest.importorskip("openai", reason="needs pip install 'vila-vlm[demo]'")
+    one, *_ = outputs(ApiClient("http://127.0.0.1:9"), {"text": "a?", "files": []}, ([], []), ("tiny", NONE))[-1]
+    assert "http://127.0.0.1:9/v1" in one[0]["content"]
+    assert one[0]["metadata"]["title"]
+
+
+def test_a_chat_is_cut_before_a_question(image):
+    chat = [message("first?"), message("1", "assistant"), shown(image, "second?"), message("2", "assistant")]
+    assert before_question(chat, 0) == []
+    assert before_question(chat, 1) == chat[:2]
+    assert before_question(chat, 2) == chat
+
+
+def test_few_shot_examples_are_earlier_turns(tmp_path):
+    *shots, last = SHAPES.few_shot["Colour"]
+    prompt = last.prompt(tmp_path)
+    messages = conversation([*few_shot_turns(shots, tmp_path), message([{"path": prompt["files"][0]}, prompt["text"]])])
+    assert [one["role"] for one in messages] == ["user", "assistant", "user", "assistant", "user"]
+    assert [one["content"] for one in messages[1::2]] == ["red", "blue"]
+    assert all([part["type"] for part in one["content"]] == ["image_url", "text"] for one in messages[::2])
+
+
+def test_the_gallery_depends_on_the_training_data():
     assert gallery_for("runs/starter/model") is SHAPES
     assert gallery_for("my-model\ndatasets:\n- easy_vqa") is SHAPES
     assert gallery_for("VILA-7B") is SCENES
-    for exhibits in (SHAPES, SCENES):
-        for path, question in save_images(exhibits, tmp_path):
-            with Image.open(path) as drawn:
-                assert drawn.convert("RGB").getcolors(1 << 20) is not None
-            assert question.endswith(("?", "."))
 
 
-def test_the_images_of_all_examples_exist(tmp_path):
-    for words in ("starter", "VILA-7B"):
-        for shots in worked_examples(words, tmp_path / words).values():
-            assert all(Path(shot.image).is_file() and shot.answer for shot in shots)
-
-
-def test_the_none_choice_is_not_a_model_name():
-    assert " " in NONE  # names of models have no spaces on a command line's default
+@pytest.mark.parametrize("gallery", [SHAPES, SCENES])
+def test_every_example_has_its_own_image_and_a_question(gallery, tmp_path):
+    paths = set()
+    for example in gallery.examples:
+        prompt = example.prompt(tmp_path)
+        assert prompt["text"].endswith(("?", "."))
+        paths |= {*prompt["files"]}
+        with Image.open(prompt["files"][0]) as drawn:
+            assert len(drawn.convert("RGB").getcolors(1 << 20)) > 1
+    assert len(paths) == len(gallery.examples)
+    for *shots, last in gallery.few_shot.values():
+        assert all(shot.answer for shot in shots)
+        assert not last.answer
+        assert last.prompt(tmp_path)["files"] != shots[0].prompt(tmp_path)["files"]

@@ -45,12 +45,10 @@ def demo(
         raise ConfigError("give MODEL or --base-url, not both", field="MODEL")
     if models and len(models) > 2:
         raise ConfigError(field="MODEL", value=len(models), expected="one or two models")
-    # Gradio reads this when it is imported.
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     require_extra("demo", "vila demo")
     from vila.serve.admission import parse_allowed_hosts
     from vila.serve.demo.client import ApiClient
-    from vila.serve.demo.ui import card_words, run_page
+    from vila.serve.demo.ui import card_words, launch, run_page
     from vila.serve.server import server_process
 
     parse_allowed_hosts(host, allowed_host or ())  # raises before a server is started
@@ -59,17 +57,14 @@ def demo(
         if models:
             server = stack.enter_context(server_process(models))
             base_url, check = server.base, server.check
+            typer.echo(f"loading {', '.join(models)}")
+            server.await_ready()
         client = ApiClient(base_url, os.environ.get(key, ""))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vila-demo-")))
-        words = card_words(models) if models else " ".join(client.models())
-        run_page(
-            client,
-            words,
-            folder,
-            host=host,
-            port=port,
-            browser=browser,
-            check=check,
-            log=typer.echo,
-            allowed_hosts=allowed_host or (),
-        )
+        names = client.models()
+        blocks, url = launch(
+            client, names, card_words([*(models or ()), *names]), folder, host=host, port=port,
+            allowed_hosts=allowed_host or (), browser=browser,
+        )  # fmt: skip
+        typer.echo(f"demo at {url} (Ctrl-C stops it)")
+        run_page(blocks, check)

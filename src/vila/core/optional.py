@@ -10,7 +10,7 @@ from vila.core.errors import ConfigError
 
 EXTRAS: Final[Mapping[str, tuple[str, ...]]] = {
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
-    "demo": ("fastapi", "gradio", "httpx", "openai", "prometheus_client", "uvicorn"),
+    "demo": ("fastapi", "gradio", "openai", "prometheus_client", "uvicorn"),
     "lora": ("peft",),
     "eval": ("openpyxl",),
     "onnx": ("onnxruntime",),

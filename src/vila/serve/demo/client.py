@@ -1,35 +1,32 @@
-"""OpenAI client of the demo: lists models, streams answers, and builds messages from the page's chats."""
+"""OpenAI client of the demo: streams answers, and builds requests from the page's chats."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vila.core.errors import ConfigError, MediaError
 from vila.core.optional import require
 
+IMAGE_TYPES = {f".{name}": f"image/{name}" for name in ("png", "jpeg", "webp", "gif", "bmp")} | {".jpg": "image/jpeg"}
+VIDEO_TYPES = {".mp4": "video/mp4", ".webm": "video/webm", ".mov": "video/quicktime", ".mkv": "video/x-matroska"}
+MAX_BYTES = 20 << 20
+"""Upload limit per file; the server has its own limits."""
 _TIMEOUT_S = 600.0
 
+Turns = Sequence[Mapping[str, Any]]
+"""A chat in Gradio's format: turns of `role`, `content` (a text, or a list of texts and files) and `metadata`."""
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Sampling settings of the page. top_p and seed are sent only with a temperature."""
 
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def parameters(self) -> dict[str, Any]:
-        """Return the request parameters."""
-        out: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": self.temperature}
-        if self.temperature:
-            out |= {"top_p": self.top_p, "seed": self.seed}
-        return out
+def sampling_parameters(max_tokens: float, temperature: float, top_p: float, seed: float | None) -> dict[str, Any]:
+    """Return request parameters; top_p and seed are sent only with a temperature. seed: None for an empty field."""
+    sampled = {"top_p": top_p, "seed": int(seed or 0)} if temperature else {}
+    return {"max_tokens": int(max_tokens), "temperature": temperature, **sampled}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +48,9 @@ class StreamState:
         # The first token measures prefill; the rate is that of the others.
         if self.done and self.tokens > 1 and self.last > self.first:
             text += f" · {(self.tokens - 1) / (self.last - self.first):.1f} tokens/s"
-        return text + (f" · {self.tokens} tokens" if self.done and self.tokens else "")
+        return text + (f" · {self.tokens} token{'s' * (self.tokens > 1)}" if self.done and self.tokens else "")
 
 
-@dataclass(frozen=True)
 class ApiClient:
     """Client of one server.
 
@@ -62,14 +58,11 @@ class ApiClient:
     key:  API key, empty for none.
     """
 
-    base: str
-    key: str = ""
-    _client: Any = field(default=None, compare=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, base: str, key: str = "") -> None:
         openai = require("openai", "vila demo", extra="demo")
-        client = openai.OpenAI(base_url=self._base(), api_key=self.key or "none", max_retries=0, timeout=_TIMEOUT_S)
-        object.__setattr__(self, "_client", client)
+        self.base = base.rstrip("/").removesuffix("/v1") + "/v1"
+        options = {"base_url": self.base, "api_key": key or "none", "max_retries": 0, "timeout": _TIMEOUT_S}
+        self._client, self._async_client = openai.OpenAI(**options), openai.AsyncOpenAI(**options)
 
     def models(self) -> list[str]:
         """Return the names of the server's models. Raises ConfigError if they cannot be read."""
@@ -80,37 +73,24 @@ class ApiClient:
         except openai.OpenAIError as error:
             raise ConfigError(self._error_text(error)) from error
 
-    def status(self) -> str:
-        """Return the readiness of the server as a line of Markdown."""
-        import httpx
+    async def stream(
+        self, model: str, turns: Turns, system: str, parameters: Mapping[str, Any]
+    ) -> AsyncGenerator[StreamState, None]:
+        """Yield the growing answer to a chat; the last state is `done`. Errors become its `problem`.
 
-        root = self._base().removesuffix("/v1")
-        try:
-            answer = httpx.get(f"{root}/ready", timeout=5)
-        except httpx.HTTPError:
-            return f"**Not ready.** No server at {root}."
-        if answer.status_code == 503:
-            return "**Loading.** The model is being loaded."
-        return f"Ready at `{root}`."
-
-    def _base(self) -> str:
-        base = self.base.rstrip("/")
-        return base if base.endswith("/v1") else f"{base}/v1"
-
-    def stream(self, model: str, messages: Sequence[dict[str, Any]], settings: Settings) -> Iterator[StreamState]:
-        """Yield the growing answer. Errors become its `problem`. Closing the iterator cancels the request."""
-        import openai
-
+        Closing the iterator cancels the request.
+        """
         state, start = StreamState(), time.perf_counter()
         try:
-            with self._client.chat.completions.create(
+            messages = await asyncio.to_thread(conversation, turns, system)
+            async with await self._async_client.chat.completions.create(
                 model=model,
-                messages=list(messages),
+                messages=messages,
                 stream=True,
                 stream_options={"include_usage": True},
-                **settings.parameters(),
+                **parameters,
             ) as stream:
-                for event in stream:
+                async for event in stream:
                     now = time.perf_counter() - start
                     if event.usage is not None:
                         state = replace(state, tokens=event.usage.completion_tokens)
@@ -119,7 +99,7 @@ class ApiClient:
                         state = replace(state, text=state.text + text, first=state.first or now, last=now)
                         yield state
             yield replace(state, done=True)
-        except openai.OpenAIError as error:
+        except Exception as error:  # noqa: BLE001 - the page shows any error of an answer
             yield replace(state, done=True, problem=self._error_text(error))
 
     def _error_text(self, error: Exception) -> str:
@@ -135,29 +115,27 @@ class ApiClient:
             if error.status_code == 503:
                 return f"{message} (the model is loading or the server is shutting down; retry later)"
             return message
-        return str(error)
+        return str(error) or type(error).__name__
 
 
-IMAGE_TYPES = {
-    ".png": "image/png",
-    ".jpg": "image/jpeg",
-    ".jpeg": "image/jpeg",
-    ".webp": "image/webp",
-    ".gif": "image/gif",
-    ".bmp": "image/bmp",
-}
-VIDEO_TYPES = {".mp4": "video/mp4", ".webm": "video/webm", ".mov": "video/quicktime", ".mkv": "video/x-matroska"}
-MAX_BYTES = 20 << 20
-"""Upload limit per file; the server has its own limits."""
+async def side_by_side(answers: Sequence[AsyncGenerator[StreamState, None]]) -> AsyncGenerator[list[StreamState], None]:
+    """Yield the states of several answers while they are streamed concurrently. Closing it cancels them all."""
+    updates: asyncio.Queue[tuple[int, StreamState]] = asyncio.Queue()
 
+    async def follow(index: int, answer: AsyncGenerator[StreamState, None]) -> None:
+        async for state in answer:
+            updates.put_nowait((index, state))
 
-@dataclass(frozen=True, slots=True)
-class FewShotExample:
-    """A few-shot example. An empty `question` is replaced by the user's question."""
-
-    image: str
-    answer: str
-    question: str = ""
+    states = [StreamState()] * len(answers)
+    tasks = [asyncio.create_task(follow(index, answer)) for index, answer in enumerate(answers)]
+    try:
+        while not all(state.done for state in states):
+            index, state = await updates.get()
+            states[index] = state
+            yield [*states]
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def data_url(path: str | Path) -> str:
@@ -168,16 +146,13 @@ def data_url(path: str | Path) -> str:
         known = ", ".join(sorted(suffix[1:] for suffix in IMAGE_TYPES | VIDEO_TYPES))
         raise MediaError("not a supported image or video", file=file.name, expected=known)
     size = file.stat().st_size
-    if size > MAX_BYTES:
-        raise MediaError(
-            f"{size / 2**20:.0f} MiB are too large", file=file.name, expected=f"at most {MAX_BYTES >> 20} MiB"
-        )
-    if size == 0:
-        raise MediaError("the file is empty", file=file.name)
+    if not 0 < size <= MAX_BYTES:
+        problem = f"{size / 2**20:.0f} MiB are too large" if size else "the file is empty"
+        raise MediaError(problem, file=file.name, expected=f"at most {MAX_BYTES >> 20} MiB")
     return f"data:{media_type};base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
-def user_message(text: str, files: Sequence[str | Path]) -> dict[str, Any]:
+def user_message(text: str, files: Sequence[str]) -> dict[str, Any]:
     """Return a user message: images and videos in order, then the text."""
     parts: list[dict[str, Any]] = []
     for file in files:
@@ -188,41 +163,23 @@ def user_message(text: str, files: Sequence[str | Path]) -> dict[str, Any]:
     return {"role": "user", "content": parts}
 
 
-def shot_messages(shots: Sequence[FewShotExample], question: str) -> list[dict[str, Any]]:
-    """Return few-shot examples as earlier turns, as `vila run --shot` does."""
-    out: list[dict[str, Any]] = []
-    for shot in shots:
-        out.append(user_message(shot.question or question, [shot.image] if shot.image else []))
-        out.append({"role": "assistant", "content": encodable(shot.answer)})
-    return out
+def conversation(turns: Turns, system: str = "") -> list[dict[str, Any]]:
+    """Return the messages of a chat that ends with a question.
 
-
-def conversation(
-    turns: Sequence[Mapping[str, Any]], shots: Sequence[FewShotExample] = (), system: str = ""
-) -> list[dict[str, Any]]:
-    """Return the messages of a chat that ends with a user turn.
-
-    turns: the chat in Gradio's format: `role` and `content`, a text or a list of texts and files. Consecutive turns of
-           one role are merged. Turns with a `metadata` title are notices of the page: they are skipped, together with
-           a question that was followed by nothing but a notice.
+    Turns with a `metadata` title are notices of the page. They and earlier questions without an answer are left out.
     """
-    merged: list[tuple[str, str, list[str]]] = []
+    messages: list[dict[str, Any]] = [{"role": "system", "content": encodable(system)}] if system.strip() else []
+    question: Any = None
     for turn in turns:
         if (turn.get("metadata") or {}).get("title"):
-            if merged and merged[-1][0] == "user":
-                merged.pop()
             continue
-        text, files = content_of(turn["content"])
-        if merged and merged[-1][0] == turn["role"]:
-            role, before, earlier = merged.pop()
-            text, files = "\n".join(part for part in (before, text) if part), earlier + files
-        merged.append((str(turn["role"]), text, files))
-    messages: list[dict[str, Any]] = [{"role": "system", "content": encodable(system)}] if system.strip() else []
-    question = next((text for role, text, _ in merged if role == "user"), "")
-    messages += shot_messages(shots, question)
-    for role, text, files in merged:
-        messages.append(user_message(text, files) if role == "user" else {"role": role, "content": encodable(text)})
-    return messages
+        if turn["role"] == "user":
+            question = turn["content"]
+        elif question is not None:
+            answer = {"role": "assistant", "content": encodable(content_of(turn["content"])[0])}
+            messages += [user_message(*content_of(question)), answer]
+            question = None
+    return [*messages, user_message(*content_of(question or ""))]
 
 
 def encodable(text: str) -> str:
@@ -232,11 +189,8 @@ def encodable(text: str) -> str:
 
 def content_of(content: Any) -> tuple[str, list[str]]:
     """Return text and files of a turn, from any of Gradio's content formats."""
-    if isinstance(content, str):
-        return content, []
-    parts = content if isinstance(content, Sequence) else [content]
     texts, files = [], []
-    for part in parts:
+    for part in [content] if isinstance(content, str | Mapping) else content:
         if isinstance(part, str):
             texts.append(part)
         elif part.get("type") == "text":

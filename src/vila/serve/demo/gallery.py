@@ -1,77 +1,64 @@
 """Example images of the demo, drawn with Pillow and thus under this project's licence (Apache-2.0).
 
-Models trained on easy-VQA get coloured shapes; other models a chart, a sign, dice and a clock.
+Models trained on easy-VQA get coloured shapes; other models a chart, a sign, a die and a disc.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vila.core.files import atomic_path
-from vila.serve.demo.client import FewShotExample
-
 _EASY = ("easy-vqa", "easy_vqa", "starter", "quickstart")
-Draw = Callable[[], Image.Image]
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """An example image with a question about it."""
+    """A question about a drawn image; few-shot examples have an answer too.
 
-    name: str
+    draw: a function of this module and its arguments, which name the image's file.
+    """
+
     question: str
-    draw: Draw
+    draw: partial[Image.Image]
+    answer: str = ""
+
+    def prompt(self, folder: Path) -> dict[str, Any]:
+        """Return the question as the value of a Gradio text box; draws the image into a directory."""
+        path = folder / f"{'-'.join(map(str, (self.draw.func.__name__, *self.draw.args)))}.png"
+        if not path.exists():
+            self.draw().save(path)
+        return {"text": self.question, "files": [str(path)]}
 
 
-def gallery_for(words: str) -> list[Example]:
-    """Return the examples for models whose names and model cards are `words`."""
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """Examples for a group of models.
+
+    few_shot: sets by name; the last example of a set is the question, those before it are answered.
+    """
+
+    examples: Sequence[Example]
+    few_shot: Mapping[str, Sequence[Example]]
+
+
+def gallery_for(words: str) -> Gallery:
+    """Return the gallery for models whose names and model cards are `words`."""
     return SHAPES if any(name in words.lower() for name in _EASY) else SCENES
 
 
-def save_images(examples: Sequence[Example], folder: Path) -> list[tuple[str, str]]:
-    """Draw the images into a directory; return pairs of path and question."""
-    folder.mkdir(parents=True, exist_ok=True)
-    out = []
-    for example in examples:
-        path = folder / f"{example.name}.png"
-        if not path.exists():
-            with atomic_path(path) as part:
-                example.draw().save(part, "PNG")
-        out.append((str(path), example.question))
-    return out
-
-
-def worked_examples(words: str, folder: Path) -> dict[str, list[FewShotExample]]:
-    """Return named sets of few-shot examples with drawn images (in-context learning, as in VILA's demo)."""
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def draw_image(name: str, draw: Draw) -> str:
-        return save_images([Example(name, "", draw)], folder)[0][0]
-
-    if gallery_for(words) is SHAPES:
-        red = draw_image("shot_red_circle", lambda: shape("circle", "red", 0.5, 0.45))
-        blue = draw_image("shot_blue_triangle", lambda: shape("triangle", "blue", 0.45, 0.55))
-        return {
-            "Colour": [FewShotExample(red, "red"), FewShotExample(blue, "blue")],
-            "Shape": [FewShotExample(red, "circle"), FewShotExample(blue, "triangle")],
-        }
-    two = draw_image("shot_two", lambda: dice(2))
-    five = draw_image("shot_five", lambda: dice(5))
-    stop = draw_image("shot_stop", lambda: sign("STOP", "#b3261e"))
-    open_ = draw_image("shot_open", lambda: sign("OPEN", "#1b6e3c"))
-    return {
-        "Counting": [FewShotExample(two, "2 dots"), FewShotExample(five, "5 dots")],
-        "Reading": [FewShotExample(stop, "STOP"), FewShotExample(open_, "OPEN")],
-        "Style": [
-            FewShotExample(stop, "A red sign halts the road; the wheels fall silent."),
-            FewShotExample(open_, "A green door greets the street; come in, it says."),
-        ],
-    }
+def few_shot_turns(shots: Sequence[Example], folder: Path) -> list[dict[str, Any]]:
+    """Return answered examples as earlier turns of a chat (in-context learning, as in VILA's demo)."""
+    turns: list[dict[str, Any]] = []
+    for shot in shots:
+        prompt = shot.prompt(folder)
+        content = [*({"path": file} for file in prompt["files"]), prompt["text"]]
+        turns += [{"role": "user", "content": content}, {"role": "assistant", "content": shot.answer}]
+    return turns
 
 
 COLOURS = {"red": "#dc1e1e", "blue": "#1e32d2", "green": "#14911e", "yellow": "#e6d21e", "brown": "#78461e",
@@ -118,7 +105,7 @@ def sign(words: str, colour: str) -> Image.Image:
     return image
 
 
-def dice(dots: int) -> Image.Image:
+def die(dots: int) -> Image.Image:
     """Draw the face of a die with 1 to 6 dots."""
     cells = {1: "e", 2: "ai", 3: "aei", 4: "acgi", 5: "acegi", 6: "acdfgi"}[dots]
     image = Image.new("RGB", (300, 300), "#3f7a5b")
@@ -131,38 +118,47 @@ def dice(dots: int) -> Image.Image:
     return image
 
 
-def clock(hour: int, minute: int) -> Image.Image:
-    """Draw an analogue clock."""
-    image = Image.new("RGB", (320, 320), "#efe7da")
-    pen = ImageDraw.Draw(image)
-    pen.ellipse((30, 30, 290, 290), "white", "#333333", 6)
-    for number in range(1, 13):
-        angle = math.pi * number / 6
-        pen.text(
-            (160 + 104 * math.sin(angle), 160 - 104 * math.cos(angle)),
-            str(number),
-            "black",
-            ImageFont.load_default(24),
-            anchor="mm",
-        )
-    for fraction, length, width in (((hour % 12 + minute / 60) / 12, 60, 9), (minute / 60, 90, 5)):
-        angle = 2 * math.pi * fraction
-        pen.line((160, 160, 160 + length * math.sin(angle), 160 - length * math.cos(angle)), "#222222", width)
-    return image
-
-
-SHAPES = [
-    Example("red_circle", "what shape is in the image?", lambda: shape("circle", "red", 0.55, 0.5)),
-    Example("green_rectangle", "what color is the shape?", lambda: shape("rectangle", "green", 0.45, 0.55)),
-    Example("blue_triangle", "is there a triangle?", lambda: shape("triangle", "blue", 0.5, 0.45)),
-    Example("yellow_circle", "is there a red shape?", lambda: shape("circle", "yellow", 0.4, 0.6)),
-    Example("brown_triangle", "what shape does the image contain?", lambda: shape("triangle", "brown", 0.6, 0.5)),
-    Example("teal_rectangle", "what is the color of the shape?", lambda: shape("rectangle", "teal", 0.5, 0.5)),
-]
-SCENES = [
-    Example("chart", "Which month had the most rain, and how much?", chart),
-    Example("sign", "What does the sign say?", lambda: sign("SALE", "#7a2d8c")),
-    Example("die", "How many dots are on the die?", lambda: dice(6)),
-    Example("clock", "What time is it?", lambda: clock(10, 10)),
-    Example("disc", "Describe the image in one sentence.", lambda: shape("circle", "red", 0.5, 0.5, 240)),
-]
+_COLOUR, _KIND = "what color is the shape?", "what shape is in the image?"
+_DOTS, _READ, _DESCRIBE = "How many dots are on the die?", "What does the sign say?", "Describe the sign."
+_CIRCLE, _TRIANGLE = partial(shape, "circle", "red", 0.55, 0.5), partial(shape, "triangle", "blue", 0.5, 0.45)
+_RECTANGLE, _TEAL = partial(shape, "rectangle", "green", 0.45, 0.55), partial(shape, "rectangle", "teal", 0.5, 0.5)
+_STOP, _OPEN, _SALE = (
+    partial(sign, "STOP", "firebrick"),
+    partial(sign, "OPEN", "seagreen"),
+    partial(sign, "SALE", "purple"),
+)
+SHAPES = Gallery(
+    [
+        Example(_KIND, _CIRCLE),
+        Example(_COLOUR, _RECTANGLE),
+        Example("is there a triangle?", _TRIANGLE),
+        Example("is there a red shape?", partial(shape, "circle", "yellow", 0.4, 0.6)),
+        Example("what shape does the image contain?", partial(shape, "triangle", "brown", 0.6, 0.5)),
+        Example("what is the color of the shape?", _TEAL),
+    ],
+    {
+        "Colour": [Example(_COLOUR, _CIRCLE, "red"), Example(_COLOUR, _TRIANGLE, "blue"), Example(_COLOUR, _TEAL)],
+        "Shape": [Example(_KIND, _CIRCLE, "circle"), Example(_KIND, _TRIANGLE, "triangle"), Example(_KIND, _TEAL)],
+    },
+)
+SCENES = Gallery(
+    [
+        Example("Which month had the most rain, and how much?", partial(chart)),
+        Example(_READ, _SALE),
+        Example(_DOTS, partial(die, 6)),
+        Example("Describe the image in one sentence.", partial(shape, "circle", "red", 0.5, 0.5, 240)),
+    ],
+    {
+        "Counting": [
+            Example(_DOTS, partial(die, 2), "2 dots"),
+            Example(_DOTS, partial(die, 5), "5 dots"),
+            Example(_DOTS, partial(die, 3)),
+        ],
+        "Reading": [Example(_READ, _STOP, "STOP"), Example(_READ, _OPEN, "OPEN"), Example(_READ, _SALE)],
+        "Style": [
+            Example(_DESCRIBE, _STOP, "A red sign halts the road; the wheels fall silent."),
+            Example(_DESCRIBE, _OPEN, "A green door greets the street; come in, it says."),
+            Example(_DESCRIBE, _SALE),
+        ],
+    },
+)
