@@ -1,16 +1,18 @@
 """From a table to a trained model through `vila data`, as docs/own_data.md tells it, and what is said of bad data."""
 
 import json
+import re
 import textwrap
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from tests.cli.printed import counts, words
 from tests.package.readme_blocks import parse_blocks
 from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.config.load import save_recipe
-from vila.core.errors import ConfigError
+from vila.core.errors import ConfigError, DataError
 
 PAGE = Path(__file__).parents[2] / "docs" / "own_data.md"
 
@@ -43,9 +45,8 @@ def test_the_page_leads_from_a_table_to_an_answer(vila, mine):
         code, out, err = vila(*command)
         assert code == 0, (command, err)
         told += out + err
-    assert "data: 20 samples, no errors, 20 distinct images" in told
-    assert "tokens: " in told
-    assert "data: 20 samples, about" in told
+    checked = next(line for line in told.splitlines() if line.startswith("data: "))
+    assert (counts(checked)["samples"], counts(checked)["distinct"]) == (20, 20)
     assert Path("runs/mine/run/model/model.safetensors").is_file()
 
 
@@ -67,12 +68,9 @@ def test_check_names_every_kind_of_fault_and_counts_past_what_it_shows(vila, tmp
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     code, out, _ = vila("data", "check", tmp_path / "d.jsonl", "--max-shown", 3)
     assert code == 1
-    assert "6 samples, 4 with errors" in out
-    assert "none.png" in out
-    assert "bad.png" in out
-    assert "answer is empty" in out
-    assert "and 1 more errors" in out
-    assert "1 ids occur more than once: 'fine'" in out
+    assert (counts(out)["samples"], counts(out)["with"], counts(out)["more"]) == (6, 4, 1)
+    assert out.count("error: ") == 3
+    assert words(out) >= {str(tmp_path / "none.png"), str(tmp_path / "bad.png"), "fine"}
     code, out, _ = vila("data", "check", tmp_path / "d.jsonl", "--json", "--num-samples", 6)
     facts = json.loads(out)["data_sets"][0]
     assert (code, facts["errors"], facts["duplicate_ids"], facts["histogram"]) == (1, 4, 1, {"256": 2})
@@ -83,8 +81,8 @@ def test_a_recipe_and_a_file_show_how_they_are_indexed(vila, tmp_path, monkeypat
     save_recipe(tiny_recipe(write_training_files(tmp_path)), tmp_path / "recipe.yaml")
     for number, data in enumerate(("recipe.yaml", "data.jsonl")):
         monkeypatch.setenv("VILA_CACHE", str(tmp_path / f"cache{number}"))
-        assert "index data.jsonl ..." in vila("data", "stats", tmp_path / data)[2]
-        assert "index data.jsonl" not in vila("data", "stats", tmp_path / data)[2]
+        assert words(vila("data", "stats", tmp_path / data)[2]) >= {"index", "data.jsonl"}
+        assert "index" not in words(vila("data", "stats", tmp_path / data)[2])
 
 
 def test_check_of_a_recipe_counts_tokens_and_finds_samples_that_are_too_long(vila, vila_error, tmp_path):
@@ -92,23 +90,23 @@ def test_check_of_a_recipe_counts_tokens_and_finds_samples_that_are_too_long(vil
     save_recipe(recipe, tmp_path / "recipe.yaml")
     code, out, _ = vila("data", "check", tmp_path / "recipe.yaml")
     assert code == 1
-    assert "data.max_length" in out
+    assert "data.max_length" in words(out)
     error = vila_error("data", "check", tmp_path / "recipe.yaml", "--format", "messages")
     assert (type(error), error.file) == (ConfigError, str(tmp_path / "recipe.yaml"))
 
 
-def test_from_csv_names_file_and_line_and_writes_nothing(vila, tmp_path, image):
+def test_from_csv_names_file_and_line_and_writes_nothing(vila_error, tmp_path, image):
     table, out = tmp_path / "t.csv", tmp_path / "t.jsonl"
     table.write_text("image,question,answer\np.png,why?,so\nq.png,why?,so\np.png,,so\n../p.png,a,\np.png,a,b,c\n")
-    code, _, err = vila("data", "from-csv", table, "--image-root", tmp_path, "--output", out)
-    assert code == 1
-    for part in ("line 3: image: ", "line 4: question: ", "line 5: answer: ", "line 6: more cells"):
-        assert f"{table}, {part}" in err
+    error = vila_error("data", "from-csv", table, "--image-root", tmp_path, "--output", out)
+    assert (type(error), error.file) == (DataError, str(table))
+    locations = re.findall(rf"{re.escape(str(table))}, line (\d): (\w+)", error.problem)
+    assert locations[:3] == [("3", "image"), ("4", "question"), ("5", "answer")]
+    assert [line for line, _ in locations] == ["3", "4", "5", "6"]
     assert not out.exists()
     table.write_text("picture,text\na,b\n")
-    code, _, err = vila("data", "from-csv", table, "--image-root", tmp_path, "--output", out)
-    assert code == 2
-    assert "got 'picture, text'" in err
+    error = vila_error("data", "from-csv", table, "--image-root", tmp_path, "--output", out)
+    assert (error.exit_code, error.file, error.field, error.value) == (2, str(table), "header", "picture, text")
 
 
 def test_from_csv_takes_captions_and_refuses_images_outside(vila, tmp_path, image):
@@ -132,7 +130,7 @@ def test_check_names_missing_images_once_and_faults_with_every_sample(vila, tmp_
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     code, out, _ = vila("data", "check", tmp_path / "d.jsonl")
     assert code == 1
-    assert "3 samples, 2 with errors, 3 distinct images" in out
+    assert (counts(out)["samples"], counts(out)["with"], counts(out)["distinct"]) == (3, 2, 3)
     assert out.count("error: sample '1': ") == out.count("error: sample '2': ") == 1
     listed = out.split("missing files: 2\n")[1].splitlines()[:2]
     assert [Path(line.strip()).name for line in listed] == ["x.png", "y.png"]
@@ -152,11 +150,10 @@ def test_check_opens_clips_and_names_those_that_are_not_there(vila, tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"no clip")
     rows = [row(name) for name in ("good.gif", "bad.mp4", "gone.mp4")]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
-    code, out, _ = vila("data", "check", tmp_path / "d.jsonl")
-    assert code == 1
-    assert "2 with errors, 0 distinct images, 3 distinct videos" in out
-    assert "bad.mp4: " in out
-    assert "missing files: 1\n" in out
+    code, out, _ = vila("data", "check", tmp_path / "d.jsonl", "--json")
+    facts = json.loads(out)["data_sets"][0]
+    assert (code, facts["errors"], facts["images"], facts["videos"], facts["missing_files"]) == (1, 2, 0, 3, 1)
+    assert facts["first_missing_files"] == [str(tmp_path / "gone.mp4")]
 
 
 def test_index_says_where_it_is_kept_and_whether_it_was_there(vila, tmp_path, monkeypatch):
@@ -168,24 +165,24 @@ def test_index_says_where_it_is_kept_and_whether_it_was_there(vila, tmp_path, mo
         (shards / f"{name}.jsonl").write_text(record * 2)
     code, out, err = vila("data", "index", shards / "a.jsonl")
     (file,) = (tmp_path / "cache" / "index").iterdir()
-    assert (code, out) == (0, f"{shards / 'a.jsonl'}: 2 records; indexes: 1 built, 0 found\n  built: {file}\n"), err
-    assert "index a.jsonl ..." in err
-    assert "1 built, 1 found" in vila("data", "index", shards)[1]
-    assert "4 records; indexes: 0 built, 2 found" in vila("data", "index", f"{shards}/*.jsonl")[1]
+    assert code == 0, err
+    assert words(out) >= {str(shards / "a.jsonl"), str(file)}
+    assert words(err) >= {"index", "a.jsonl"}
+    assert counts(out) == {"records": 2, "built": 1, "found": 0}
+    assert counts(vila("data", "index", shards)[1]) == {"records": 4, "built": 1, "found": 1}
+    assert counts(vila("data", "index", f"{shards}/*.jsonl")[1]) == {"records": 4, "built": 0, "found": 2}
     (shards / "a.jsonl").write_text(record)
-    assert "1 records; indexes: 1 built, 0 found" in vila("data", "index", shards / "a.jsonl")[1]
+    assert counts(vila("data", "index", shards / "a.jsonl")[1]) == {"records": 1, "built": 1, "found": 0}
 
 
 def test_options_reach_the_format_and_wrong_ones_are_named(vila, vila_error, tmp_path):
     document = {"text_list": ["A."], "image_info": [], "similarity_matrix": []}
     (tmp_path / "d.jsonl").write_text(json.dumps(document) + "\n")
     command = ("data", "index", tmp_path / "d.jsonl", "--format", "mmc4")
-    assert ": 1 records" in vila(*command)[1]
-    assert ": 0 records" in vila(*command, "--format-option", "without_images=drop")[1]
-    code, _, err = vila(*command, "--format-option", "max_image=4")
-    assert (code, "did you mean 'max_images'" in err) == (2, True)
-    code, _, err = vila(*command, "--format-option", "max_images")
-    assert (code, "expected NAME=VALUE" in err) == (2, True)
+    assert counts(vila(*command)[1])["records"] == 1
+    assert counts(vila(*command, "--format-option", "without_images=drop")[1])["records"] == 0
+    error = vila_error(*command, "--format-option", "max_images")
+    assert (error.exit_code, error.field, error.value) == (2, "--format-option", "max_images")
     error = vila_error("data", "check", "starter/1_align", "--format-option", "a=1")
     assert (type(error), error.file) == (ConfigError, "starter/1_align")
 
@@ -195,17 +192,16 @@ def test_inspect_tells_what_is_learnt_and_writes_one_page(vila, tmp_path):
     save_recipe(recipe, tmp_path / "recipe.yaml")
     code, out, err = vila("data", "inspect", tmp_path / "recipe.yaml", "--index", 1, "--html", tmp_path / "o.html")
     assert code == 0, err
-    assert "<image x 4>" in out
-    assert "\u00ab" in out
+    assert out.count("<image x 4>") == 1
     learnt = [piece.split("\u00bb")[0].strip() for piece in out.split("\u00ab")[1:]]
     assert any("abab" in piece for piece in learnt)
     assert not any("q1?" in piece for piece in learnt)
     page = (tmp_path / "o.html").read_text()
-    assert "data:image/png;base64," in page
-    assert "http://" not in page.replace("http://www.w3.org", "")
-    code, _, err = vila("data", "inspect", tmp_path / "recipe.yaml", "--index", 99)
-    assert code == 2
-    assert "24 samples" in err
+    assert page.count("data:image/png;base64,") >= 1
+    assert page.replace("http://www.w3.org", "").count("http://") == 0
+    code, _, _ = vila("data", "inspect", tmp_path / "recipe.yaml", "--index", 99)
+    assert (code, vila.error.field, vila.error.value) == (2, "--index", 99)
+    assert counts(vila.error.problem)["samples"] == 24
 
 
 def test_check_counts_media_that_a_format_does_not_read(vila, tmp_path, image):
@@ -248,7 +244,7 @@ def test_what_from_csv_prints_runs_as_it_is_printed(vila, tmp_path, monkeypatch,
     )
     assert code == 0, err
     check, _, answer = run_printed(vila, out)
-    assert "mine: 4 samples, no errors, 4 distinct images" in check and "vision tower" in check
+    assert (counts(check)["samples"], counts(check)["distinct"]) == (4, 4)
     assert Path("my data/mine_run/model/model.safetensors").is_file() and answer
 
 
@@ -326,9 +322,8 @@ def test_train_says_what_the_tower_sees_which_samples_are_too_long_and_what_is_n
     code, _, err = vila("train", tmp_path / "recipe.yaml")
     assert code == 0, err
     said = " ".join(err.split())
-    assert "resized to 28 x 28" in said
-    assert f"of 16 samples are longer than data.max_length=20 tokens (from {tmp_path / 'recipe.yaml'};" in said
-    assert "image_path (" in said
+    assert said.count("28 x 28") >= 1
+    assert words(said) >= {"data.max_length=20", str(tmp_path / "recipe.yaml"), "image_path"}
 
 
 @pytest.mark.parametrize("tune", ["[projector]", "[vision]", "[vision,projector]"])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.printed import words
 from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.config.load import save_recipe
 from vila.prepare.licences import KNOWN, data_licences, licences_of
@@ -27,8 +28,7 @@ def test_without_a_model_images_are_counted_and_tokens_are_not(vila, tmp_path):
     assert code == 0, err
     (line,) = [line for line in out.splitlines() if "\u2502 d " in line]
     assert [cell.strip() for cell in line.strip("\u2502").split("\u2502")] == ["d", "4", "7", "-", "-"]
-    assert "--model" in out
-    assert "unknown data set" in out
+    assert "--model" in words(out)
     facts = json.loads(vila("data", "stats", file, "--json", "--num-samples", 2)[1])["data_sets"][0]
     assert (facts["samples"], facts["tokens"], facts["exact"], facts["surveyed"]) == (4, None, False, 2)
     facts = json.loads(vila("data", "stats", file, "--json", "--num-samples", 0)[1])["data_sets"][0]
@@ -52,11 +52,11 @@ def test_with_a_model_tokens_are_counted_and_shares_add_up(vila, tmp_path):
 def test_the_licence_of_a_known_data_set_is_told_with_what_it_forbids(vila, tmp_path):
     code, out, err = vila("data", "stats", write_rows(tmp_path / "sharegpt4v" / "mix_738k.jsonl", [0]))
     assert code == 0, err
-    assert "licence: CC BY-NC 4.0" in out
-    assert "forbids: commercial use" in out
     facts = json.loads(vila("data", "stats", tmp_path / "sharegpt4v" / "mix_738k.jsonl", "--json")[1])
     (licence,) = facts["data_sets"][0]["licences"]
     assert licence["name"] == "ShareGPT4V" and licence["checked"] is True
+    lines = [line.strip() for line in out.splitlines()]
+    assert f"licence: {licence['licence']}" in lines and f"forbids: {licence['forbids']}" in lines
 
 
 @pytest.mark.parametrize(
