@@ -52,8 +52,9 @@ def test_random_weights_are_the_same_every_time_and_in_the_type_asked_for():
 
 
 def test_groups_that_do_not_fit_are_refused():
-    with pytest.raises(ConfigError, match="SmolLM2-135M.* 576 and 1536"):
+    with pytest.raises(ConfigError) as caught:
         random_model(SHAPES["smollm"], torch.float32, group_size=128)
+    assert (caught.value.field, caught.value.value) == ("group_size", 128)
 
 
 def test_a_step_reads_blocks_norm_and_head_once():
@@ -122,8 +123,9 @@ def test_agreement_is_counted_where_the_lead_is_clear_and_everywhere():
 
 
 def test_impossible_loads_are_refused_all_at_once():
-    with pytest.raises(ConfigError, match=r"(?s)context=0.*tokens=1"):
+    with pytest.raises(ConfigError) as caught:
         Load(context=0, tokens=1)
+    assert len(caught.value.problems) == 2
 
 
 def result(title, precision, rate, batch=1, context=16):

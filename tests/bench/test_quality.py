@@ -105,13 +105,14 @@ def test_every_way_is_measured_once_and_shown(tmp_path):
 def test_figures_of_another_task_are_not_taken_over(tmp_path):
     measure_quality(lambda: loud(layers=1), WAYS[:1], TASK, tmp_path)
     other = Task(TASK.blocks[:2], TASK.text_sha256)
-    with pytest.raises(ConfigError, match=r"full.json: asked: measured with different settings"):
+    with pytest.raises(ConfigError) as caught:
         measure_quality(lambda: loud(layers=1), WAYS[:1], other, tmp_path)
+    assert (caught.value.file, caught.value.field) == (str(tmp_path / "ways" / "full.json"), "asked")
 
 
 @pytest.mark.parametrize("ways", [[], WAYS[1:]])
 def test_nothing_is_compared_without_full_precision(tmp_path, ways):
-    with pytest.raises(ConfigError, match="first variant"):
+    with pytest.raises(ConfigError):
         measure_quality(lambda: loud(layers=1), ways, TASK, tmp_path)
 
 

@@ -91,8 +91,9 @@ def test_the_first_of_equal_losses_wins_and_no_number_never_does():
     losses = iter([3.0, float("nan"), 1.0, 1.0])
     chosen = search_scale(tried, lambda scale: next(losses))
     assert chosen.best is tried[2]
-    with pytest.raises(LayoutError, match="finite"):
+    with pytest.raises(LayoutError) as caught:
         search_scale(tried, lambda scale: float("nan"))
+    assert caught.value.hint
 
 
 def test_replaced_weights_come_back_also_after_an_error():

@@ -51,7 +51,7 @@ def embed(source: Image.Image | Path | str | bytes, photo: bool = False) -> Thum
                 opened.load()
                 image = opened
         except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-            raise MediaError(f"{name}: cannot be shown in the report ({error})") from error
+            raise MediaError(f"cannot be shown in the report ({error})", file=name) from error
     image = ImageOps.exif_transpose(image)
     has_alpha = "A" in image.getbands() or "transparency" in image.info
     image = image.convert("RGBA" if has_alpha else "RGB")
