@@ -10,7 +10,7 @@ import pytest
 
 from tests.prepare.image_server import jpeg, serving
 from vila.core.errors import ConfigError, DataError
-from vila.media.bulk_download import DownloadOptions
+from vila.media.http_options import DownloadOptions
 from vila.prepare.coyo import best_rows, prepare_coyo, select_coyo
 from vila.prepare.resumable_download import KEEP_ORIGINAL
 from vila.prepare.shards import read_tar

@@ -16,7 +16,7 @@ IN_FLIGHT = 12
 WORK = f"""
 import sys
 from pathlib import Path
-from vila.media.bulk_download import DownloadOptions
+from vila.media.http_options import DownloadOptions
 from vila.prepare.mmc4 import prepare_mmc4
 options = DownloadOptions(
     max_connections={IN_FLIGHT}, max_connections_per_host=64, host_delay_s=0, initial_backoff_s=0.01, allow_private=True

@@ -10,7 +10,7 @@ import pytest
 from tests.prepare.image_server import jpeg, serving
 from vila.core.errors import ConfigError, DataError
 from vila.core.files import sha256_file
-from vila.media.bulk_download import DownloadOptions
+from vila.media.http_options import DownloadOptions
 from vila.prepare.mmc4 import prepare_mmc4
 from vila.prepare.resumable_download import KEEP_ORIGINAL, DownloadedImage, DownloadJournal, ResizeRule
 from vila.prepare.shards import read_tar

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import typer
 from vila.cli import options
 from vila.cli.options import with_option_groups
 from vila.core.errors import ConfigError, UnknownNameError
+from vila.media.http_options import DEFAULT_OPTIONS, DownloadOptions
 
 if TYPE_CHECKING:
     from vila.prepare.work_units import Counts
@@ -66,40 +67,16 @@ class ResizeOptions:
     """JPEG quality of resized images, 1 to 100."""
 
 
-@dataclass(frozen=True)
-class DownloadFlags:
-    """Flags of downloads: the fields of `DownloadOptions`, whose module imports network code."""
+@dataclass(frozen=True, kw_only=True)
+class DownloadFlags(DownloadOptions):
+    """Flags of downloads."""
 
     panel: ClassVar = "Downloading"
 
-    max_connections: int = 256
-    """Maximum number of concurrent requests."""
-    max_connections_per_host: int = 4
-    """Maximum number of concurrent requests per host; use 1 with many workers."""
-    host_delay_s: float = 0.05
-    """Minimum delay in seconds between requests to one host."""
-    connect_timeout_s: float = 5.0
-    """Timeout in seconds for DNS and TCP connection, and again for TLS."""
-    read_timeout_s: float = 10.0
-    """Timeout in seconds without received data."""
-    total_timeout_s: float = 30.0
-    """Timeout in seconds per attempt, redirects included."""
-    max_attempts: int = 3
-    """Maximum number of attempts after timeouts, broken connections and busy servers."""
-    initial_backoff_s: float = 1.0
-    """Delay in seconds before the second attempt; doubles with each attempt."""
-    max_retry_after_s: float = 60.0
-    """Maximum accepted Retry-After in seconds; longer ones are failures."""
-    max_bytes: Annotated[int, typer.Option("--max-image-bytes")] = 20 * 2**20
+    max_bytes: Annotated[int, typer.Option("--max-image-bytes")] = DEFAULT_OPTIONS.max_bytes
     """Maximum size of an image in bytes."""
-    max_redirects: int = 5
-    """Maximum number of redirects per attempt."""
     allow_private: Annotated[bool, typer.Option("--allow-private-urls/--no-allow-private-urls")] = False
     """Allow private and local addresses."""
-    respect_noai: bool = True
-    """Skip images whose X-Robots-Tag header has noai or noimageai."""
-    user_agent: str = "vila"
-    """User-Agent header; include a contact for large downloads."""
 
 
 WORK_1000 = WorkerOptions()
@@ -119,11 +96,10 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 def _download_settings(work: WorkerOptions, resize: ResizeOptions, fetch: DownloadFlags) -> dict[str, Any]:
     """Return the arguments of the steps that download images. Raises ConfigError."""
-    from vila.media.bulk_download import DownloadOptions
     from vila.prepare.resumable_download import ResizeRule
 
     rule = ResizeRule(resize.short_side or None, resize.quality)
-    return {**work.settings(), "download": DownloadOptions(**asdict(fetch)), "resize": rule}
+    return {**work.settings(), "download": fetch, "resize": rule}
 
 
 def _run(step: Callable[..., dict[str, Any] | None], out: Path) -> None:

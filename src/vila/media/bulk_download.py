@@ -13,30 +13,10 @@ from urllib.parse import urlsplit
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 
-from vila.media.http import FetchError, HTTPClient, HTTPOptions
+from vila.media.http import FetchError, HTTPClient
+from vila.media.http_options import DownloadOptions
 
 _MAX_IDLE_HOSTS = 20_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DownloadOptions(HTTPOptions):
-    """Limits of one attempt, rate limit per host, and retries."""
-
-    max_connections_per_host: int = 4
-    """Maximum number of concurrent requests to one host."""
-    host_delay_s: float = 0.05
-    """Minimum time between the starts of two requests to one host."""
-    max_attempts: int = 3
-    """Attempts for transient failures: timeouts, broken connections, busy servers. Other failures are final."""
-    initial_backoff_s: float = 1.0
-    """Pause before the second attempt; doubles with each further one, plus up to a quarter at random."""
-    max_retry_after_s: float = 60.0
-    """Longest pause. A server that asks for a longer one (Retry-After) is not asked again."""
-    respect_noai: bool = True
-    """Reject responses whose `X-Robots-Tag` header contains `noai` or `noimageai`."""
-
-
-DEFAULT_OPTIONS = DownloadOptions()
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
 import httpcore2
 
 from vila.core.errors import CancelledError, MediaError
+from vila.media.http_options import HTTPOptions
 from vila.media.limits import DEFAULT_LIMITS, IsCancelled, never
 from vila.media.ssrf import is_allowed, is_public, normal_host
 
@@ -284,30 +285,6 @@ def tls_context() -> ssl.SSLContext:
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 _NOAI_TAGS = ("noai", "noimageai")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HTTPOptions:
-    """Limits and identity of an `HTTPClient`."""
-
-    max_connections: int = 256
-    """Maximum number of concurrent requests, over all hosts."""
-    connect_timeout_s: float = 5.0
-    """Seconds for name lookup and TCP connection, and again for the TLS handshake."""
-    read_timeout_s: float = 10.0
-    """Seconds without any data before a request fails."""
-    total_timeout_s: float = 30.0
-    """Seconds for one attempt: redirects and the complete body included, waiting for the rate limiter not included."""
-    max_bytes: int = 20 * 2**20
-    """Maximum size of a body in bytes."""
-    max_redirects: int = 5
-    """Maximum number of redirects of one attempt."""
-    allow_private: bool = False
-    """Also connect to addresses that are not public: this machine and its network."""
-    respect_noai: bool = False
-    """Reject responses whose `X-Robots-Tag` header contains `noai` or `noimageai`."""
-    user_agent: str = "vila"
-    """User-Agent header; name a contact here for large downloads."""
 
 
 class HTTPClient:

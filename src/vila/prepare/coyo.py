@@ -15,7 +15,7 @@ from vila.core.errors import ConfigError, DataError
 from vila.core.files import write_json, write_jsonl
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import Fields
-from vila.media.bulk_download import DEFAULT_OPTIONS, DownloadOptions
+from vila.media.http_options import DEFAULT_OPTIONS, DownloadOptions
 from vila.prepare.merge_shards import StepOptions, prepare_shards
 from vila.prepare.records import read_parquet, read_rows, text_problem
 from vila.prepare.resumable_download import (

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-from vila.media.bulk_download import DEFAULT_OPTIONS, DownloadOptions
+from vila.media.http_options import DEFAULT_OPTIONS, DownloadOptions
 from vila.prepare.merge_shards import StepOptions, prepare_shards
 from vila.prepare.records import read_rows, text_problem
 from vila.prepare.resumable_download import (

@@ -28,7 +28,8 @@ from vila.core.files import try_lock
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import Fields, parse_json
 from vila.core.types import Image
-from vila.media.bulk_download import DEFAULT_OPTIONS, BulkDownloader, DownloadOptions, interleave_hosts
+from vila.media.bulk_download import BulkDownloader, interleave_hosts
+from vila.media.http_options import DEFAULT_OPTIONS, DownloadOptions
 from vila.media.image import ORIENTATION, open_image, orientation_of
 from vila.media.limits import DEFAULT_LIMITS
 from vila.prepare.shards import TarSample
