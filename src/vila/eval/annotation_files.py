@@ -47,10 +47,8 @@ def iter_array(path: Path, key: str = "", *, surrogates: bool = False) -> Iterat
     Raises DataError with the file if it is not JSON, is truncated, lacks the array or has it twice, has text after its
     value, or has a value over MAX_RECORD_BYTES.
     """
+    _checked_head(path)
     with file_errors(path):
-        head = read_head(path)
-        if known := foreign_content(head):
-            raise DataError(known[0], file=path, hint=known[1])
         stream = path.open(encoding="utf-8-sig")
     with stream:
         yield from _Reader(stream, path, surrogates).array(key)
@@ -62,10 +60,7 @@ def iter_records(path: Path) -> Iterator[tuple[str, Any]]:
     A damaged line yields a DataError as its value, and the next lines follow. Unpaired surrogates are accepted.
     Raises DataError if the file is absent, is neither a list nor JSON lines, or is a damaged list.
     """
-    with file_errors(path):
-        head = read_head(path, _HEAD_BYTES)
-    if head and (known := foreign_content(head)):
-        raise DataError(known[0], file=path, hint=known[1])
+    head = _checked_head(path, _HEAD_BYTES, accept_empty=True)
     text = head.removeprefix(_BOM)
     if text.lstrip().startswith(b"["):
         for number, value in enumerate(iter_array(path, surrogates=True), start=1):
@@ -82,6 +77,15 @@ def iter_records(path: Path) -> Iterator[tuple[str, Any]]:
                 except DataError as error:
                     value = error
                 yield record, value
+
+
+def _checked_head(path: Path, size: int = 512, *, accept_empty: bool = False) -> bytes:
+    """Return the first bytes of a file. Raises DataError if they are those of an archive, a web page and so on."""
+    with file_errors(path):
+        head = read_head(path, size)
+    if not (accept_empty and not head) and (known := foreign_content(head)):
+        raise DataError(known[0], file=path, hint=known[1])
+    return head
 
 
 class _Reader:
@@ -258,10 +262,7 @@ def read_table(path: Path, image_columns: tuple[str, ...] = ()) -> AnnotationTab
     """
     csv.field_size_limit(MAX_RECORD_BYTES)
     stamp = file_version(path)
-    with file_errors(path):
-        head = read_head(path)
-    if known := foreign_content(head):
-        raise DataError(known[0], file=path, hint=known[1])
+    _checked_head(path)
     records = _records(path)
     header, *_ = next(records, ([], 0, 0, 0))
     if len(header) < 2:

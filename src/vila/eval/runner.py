@@ -115,8 +115,7 @@ class AnswerGenerator:
 
 _MAX_COUNT = 2**53
 _SPEED_PARTS = "speed-*.json"
-_ZERO_TOKENS: dict[str, Any] = {"prompt_tokens": 0, "tokens": 0}
-_UNKNOWN_TOKENS: dict[str, Any] = {"prompt_tokens": None, "tokens": None}
+_TOKENS = ("prompt_tokens", "tokens")
 
 
 def delete_speed_parts(out: Path) -> None:
@@ -127,8 +126,9 @@ def delete_speed_parts(out: Path) -> None:
 
 def write_speed_part(out: Path, rank: int, answered: int, tokens: TokenCounts | None) -> None:
     """Record what this process has answered in this session. tokens: None if unknown."""
-    counts = {"prompt_tokens": tokens.prompt, "tokens": tokens.completion} if tokens else _UNKNOWN_TOKENS
-    write_json(out / f"speed-{rank}.json", {"answered": answered, **(counts if answered else _ZERO_TOKENS)})
+    tokens = tokens if answered else TokenCounts()
+    counts = (tokens.prompt, tokens.completion) if tokens else (None, None)
+    write_json(out / f"speed-{rank}.json", {"answered": answered, **dict(zip(_TOKENS, counts, strict=True))})
 
 
 def merge_speed_parts(out: Path, seconds: float) -> int:
@@ -141,16 +141,17 @@ def merge_speed_parts(out: Path, seconds: float) -> int:
     answered = sum(part["answered"] for part in parts)
     if answered:
         path = out / "speed.json"
-        before = _read_counts(path) if path.is_file() else {"answered": 0, **_ZERO_TOKENS}
-        earlier = Fields.of_file(path).number("seconds") if path.is_file() else 0.0
-        counts = {name: _sum([before[name], *(part[name] for part in parts)]) for name in _ZERO_TOKENS}
-        write_json(path, {"seconds": earlier + seconds, "answered": before["answered"] + answered, **counts})
+        if path.is_file():
+            parts.append(_read_counts(path))
+            seconds += Fields.of_file(path).number("seconds")
+        counts = {name: _sum([part[name] for part in parts]) for name in _TOKENS}
+        write_json(path, {"seconds": seconds, "answered": sum(part["answered"] for part in parts), **counts})
     return answered
 
 
 def _read_counts(path: Path) -> dict[str, Any]:
     fields = Fields.of_file(path)
-    tokens = {name: fields.integer(name, None, maximum=_MAX_COUNT) for name in _ZERO_TOKENS}
+    tokens = {name: fields.integer(name, None, maximum=_MAX_COUNT) for name in _TOKENS}
     return {"answered": fields.integer("answered", maximum=_MAX_COUNT), **tokens}
 
 

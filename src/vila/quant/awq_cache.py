@@ -220,11 +220,8 @@ def _wide(values: Tensor) -> Tensor:
 
 def _name(name: Any) -> str:
     if not isinstance(name, str) or not _PREFIX.match(name):
-        raise ValueError(
-            f"{name[:80]!r} is not a module name"
-            if isinstance(name, str)
-            else f"{type(name).__name__} is not a module name"
-        )
+        shown = repr(name[:80]) if isinstance(name, str) else type(name).__name__
+        raise ValueError(f"{shown} is not a module name")
     return _PREFIX.sub("model.", name)
 
 
