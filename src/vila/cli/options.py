@@ -258,18 +258,12 @@ class SamplingOptions:
         """Return the sampling parameters of the engine. Raises ConfigError for values out of range."""
         from vila.engine.request import SamplingParams
 
+        same = {name: value for name, value in vars(self).items() if name not in ("stop", "truncate")}
         return SamplingParams(
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
+            **same,
             stop=tuple(self.stop or ()),
-            logprobs=logprobs,
-            seed=self.seed,
             overlong="truncate" if self.truncate else "error",
-            prompt_lookup_tokens=self.prompt_lookup_tokens,
+            logprobs=logprobs,
         )
 
 
