@@ -307,8 +307,8 @@ def test_check_saves_images_as_the_tower_sees_them(vila, tmp_path, model):
     seen = {Image.open(file).tobytes() for file in files}
     made = [square_bytes(Image.open(tmp_path / "in" / f"{n} a.png"), spec) for n in range(4)]
     assert seen == {Image.fromarray(one.transpose(1, 2, 0)).tobytes() for one in made}
-    code, _, err = vila("data", "check", tmp_path / "mine.jsonl", "--save-images", views)
-    assert (code, "--model" in err) == (2, True)
+    assert vila("data", "check", tmp_path / "mine.jsonl", "--save-images", views)[0] == 2
+    assert "--model" in words(vila.error.hint)
 
 
 def test_train_says_what_the_tower_sees_which_samples_are_too_long_and_what_is_not_read(vila, tmp_path):
@@ -335,6 +335,7 @@ def test_a_stage_that_trains_on_images_alone_is_refused_without_any(vila, tmp_pa
     save_recipe(recipe, tmp_path / "recipe.yaml")
     for command in (("data", "check"), ("train",), ("train", "--dry-run")):
         code, _, err = vila(*command, tmp_path / "recipe.yaml")
-        assert (code, "data.mixture" in err, "stage.tune" in err) == (2, True, True), (command, err)
+        assert code == 2, (command, err)
+        assert {name for name in ("data.mixture", "stage.tune") if name in err} == {"data.mixture", "stage.tune"}
     assert not (tmp_path / "out" / "model").exists()
     assert vila("train", tmp_path / "recipe.yaml", "--dry-run", "stage.tune=[projector,llm]")[0] == 0
