@@ -1,10 +1,10 @@
-"""Memory and time of opening a large JSON-lines file: 1e5 records beside 1e7.
+"""Measure memory and time of opening a JSON-lines file with 1e5 and with 1e7 records.
 
     python benchmarks/data_index.py --work /tmp/data-index
 
-Writes both files, opens each in fresh processes (once without an index, once with it), reads 1000 random samples and
-prints resident memory and times. Exits with status 1 when the large file takes more than 50 MB above the small one
-once its index exists. `--list` measures a JSON list in place of lines. The files are deleted at the end.
+Writes both files, opens each in new processes (once without an index, once with it), reads 1000 random samples and
+prints resident memory and times. Exits with status 1 if the large file takes over 50 MB more than the small one once
+its index exists. `--list` measures a JSON list instead of JSON lines. The files are deleted at the end.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ READS = 1000
 
 
 def write(path: Path, records: int, as_list: bool) -> None:
-    """Tiny records: {"id": "7", "question": "q7", "answer": "a7"}."""
+    """Write tiny records: {"id": "7", "question": "q7", "answer": "a7"}."""
     with path.open("w") as stream:
         stream.write("[" if as_list else "")
         for start in range(0, records, 10_000):
@@ -37,7 +37,7 @@ def write(path: Path, records: int, as_list: bool) -> None:
 
 
 def measure(path: Path) -> dict[str, float]:
-    """Opens the file and reads samples in this process; MB and seconds."""
+    """Open the file and read samples in this process; return MB and seconds."""
     from vila.data.formats.base import FORMATS
 
     start = time.perf_counter()

@@ -1,13 +1,13 @@
-"""Samples a second out of the loader, beside a straightforward DataLoader with transformers' own processors.
+"""Compare samples per second of the data loader with a plain DataLoader and the processors of transformers.
 
     python benchmarks/data_loading.py --work /tmp/data_loading
 
-Writes synthetic pictures (640 x 480 JPEG) and ShareGPT4V-like conversations. The peer is a torch DataLoader over a
-dataset that pads each picture to a square as the original does, runs CLIPImageProcessor, and tokenises with the Llama
-tokenizer, the whole prompt and then each round for the mask; same number of worker processes, one thread each.
-The two alternate, and nothing but waiting for the next batch is done with what they give. Pixels are compared bit by
-bit. Beside samples a second it gives the processor time of all processes a sample, which neighbours on the machine
-disturb less. Exits with status 1 when pixels differ or when ours is less than 1.5 times as fast.
+Writes synthetic images (640 x 480 JPEG) and ShareGPT4V-like conversations. The peer is a torch DataLoader over a
+dataset that pads each image to a square as the original code does, runs CLIPImageProcessor, and tokenises with the
+Llama tokenizer: the full prompt, then each round for the label mask. Both use the same number of worker processes with
+one thread each. They alternate; the consumer only waits for the next batch. Pixels are compared bit by bit. The CPU
+time of all processes per sample is printed too; it depends less on other load of the machine. Exits with status 1 if
+pixels differ or if vila is less than 1.5 times as fast.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ FACTOR = 1.5
 
 
 def write_data(work: Path, number: int) -> Path:
-    """`number` conversations about a picture each, as LLaVA JSON."""
+    """Write `number` conversations about one image each, as LLaVA JSON."""
     path = work / f"data-{number}.json"
     if path.exists():
         return path
@@ -78,7 +78,7 @@ def write_data(work: Path, number: int) -> Path:
 
 
 class Peer(Dataset):
-    """The usual dataset: everything in memory, processors of transformers."""
+    """Plain dataset: records in memory, processors of transformers."""
 
     def __init__(self, path: Path) -> None:
         self.root, self.records = path.parent, json.loads(path.read_text())
@@ -117,13 +117,13 @@ class Peer(Dataset):
 
 
 def reader_of(path: Path) -> SampleReader:
-    """Ours on the same file."""
+    """Return the reader of vila for the same file."""
     tokenizer = SpanTokenizer(AutoTokenizer.from_pretrained(TOKENIZER))
     return SampleReader(open_mixture([DatasetEntry("llava_json", str(path))], 0), "vicuna_v1", tokenizer, SPEC)
 
 
 def processor_seconds() -> float:
-    """Processor time of this process and its living workers so far."""
+    """Return the CPU seconds of this process and its running workers."""
     ticks = os.sysconf("SC_CLK_TCK")
     total = time.process_time()
     for child in multiprocessing.active_children():
@@ -133,7 +133,7 @@ def processor_seconds() -> float:
 
 
 def ours_per_second(reader: SampleReader, workers: int, samples: int) -> tuple[float, float]:
-    """Samples a second and processor milliseconds a sample after the first step; rows of 4096 tokens."""
+    """Return samples per second and CPU ms per sample after the first step; packed sequences of 4096 tokens."""
     policy = PackingPolicy(max_length=4096, look_ahead=64)
     lanes = WorkerStreams(reader, 2 * workers, policy=policy, workers=workers, start_method="fork")
     try:
@@ -150,7 +150,7 @@ def ours_per_second(reader: SampleReader, workers: int, samples: int) -> tuple[f
 
 
 def peer_per_second(peer: Peer, workers: int, samples: int) -> tuple[float, float]:
-    """The same of the peer after its first batch; batches of eight."""
+    """Return the same of the peer after its first batch; batches of eight."""
     loader = DataLoader(peer, 8, shuffle=True, num_workers=workers, collate_fn=Peer.collate, persistent_workers=True)
     shown, began, spent = 0, 0.0, 0.0
     while shown < samples:
@@ -163,7 +163,7 @@ def peer_per_second(peer: Peer, workers: int, samples: int) -> tuple[float, floa
 
 
 def milliseconds(reader: SampleReader, number: int) -> dict[str, float]:
-    """Where one sample's time goes in one process."""
+    """Return the milliseconds of each stage for one sample in one process."""
     spent: dict[str, float] = dict.fromkeys(("read", "render and tokenise", "decode", "square, resize, normalise"), 0.0)
     for position in range(number):
         marks = [time.perf_counter()]
@@ -173,8 +173,8 @@ def milliseconds(reader: SampleReader, number: int) -> dict[str, float]:
         marks.append(time.perf_counter())
         opened = [open_image(image) for image in sample.media]
         marks.append(time.perf_counter())
-        for picture in opened:
-            pixels(picture, SPEC)
+        for image in opened:
+            pixels(image, SPEC)
         marks.append(time.perf_counter())
         for name, start, end in zip(spent, marks, marks[1:], strict=False):
             spent[name] += end - start
@@ -182,7 +182,7 @@ def milliseconds(reader: SampleReader, number: int) -> dict[str, float]:
 
 
 def same_pixels(reader: SampleReader, peer: Peer, number: int) -> bool:
-    """Whether the pixels of the first samples are equal to the last bit."""
+    """Return whether the pixels of the first samples are bit-identical."""
     source = reader.mixture.datasets[0].source
     return all(
         np.array_equal(pixels(open_image(source[i].media[0]), SPEC), peer[i]["pixels"].numpy()) for i in range(number)
@@ -193,7 +193,7 @@ def main() -> int:
     """Print the figures; return the exit status."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--work", type=Path, required=True)
-    options.add_argument("--samples", type=int, default=600, help="samples of one measurement")
+    options.add_argument("--samples", type=int, default=600, help="samples per measurement")
     options.add_argument("--workers", type=int, default=2)
     options.add_argument("--rounds", type=int, default=3)
     chosen = options.parse_args()

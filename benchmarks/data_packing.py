@@ -1,10 +1,10 @@
-"""Share of padding: every sample padded in its micro-batch, as the original does it, beside packed rows.
+"""Compare padding of micro-batches, as in the original code, with packed sequences.
 
     python benchmarks/data_packing.py
 
-Lengths are drawn from distributions of the kind that the stages have, without any text. Exits with status 1 when rows
-of stage 3 are less than 98 % full, or those of stage 2 more than a point below best-fit decreasing over all samples at
-once, which no stream can do.
+Lengths are drawn from distributions like those of the training stages; no text is needed. Exits with status 1 if
+packed sequences of stage 3 are less than 98 % full, or if those of stage 2 are over one percentage point below best-fit
+decreasing over all samples at once, which needs all samples and is an upper bound for a stream.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ MICRO = {"stage 2": 8, "stage 3": 16}  # samples of a padded micro-batch, as pub
 
 
 def stage_2(rng: np.random.Generator, image: int) -> int:
-    """Half pages of 1 to 6 pictures and log-normal text (median 300 tokens), half pairs with 25 tokens of text."""
+    """Draw half pages of 1 to 6 images and log-normal text (median 300 tokens), half pairs with 25 tokens of text."""
     if rng.random() < 0.5:
         return int(rng.integers(1, 7)) * image + int(rng.lognormal(np.log(300), 0.8))
     return image + max(1, int(rng.normal(25, 8)))
 
 
 def stage_3(rng: np.random.Generator, image: int) -> int:
-    """ShareGPT4V-like turns, 2.5 more than one on average and log-normal (median 120); a quarter has no picture."""
+    """Draw ShareGPT4V-like turns, 3.5 on average, log-normal (median 120 tokens); a quarter has no image."""
     text = sum(int(rng.lognormal(np.log(120), 0.7)) for _ in range(1 + int(rng.geometric(0.4))))
     return text + (image if rng.random() >= 0.25 else 0)
 
 
 def draw(stage: Callable[[np.random.Generator, int], int], image: int, number: int) -> list[int]:
-    """`number` lengths that fit a row; longer samples are left out for all."""
+    """Draw `number` lengths that fit a packed sequence; longer samples are left out for all methods."""
     rng = np.random.default_rng(0)
     out: list[int] = []
     while len(out) < number:
@@ -51,13 +51,13 @@ def draw(stage: Callable[[np.random.Generator, int], int], image: int, number: i
 
 
 def padded(lengths: list[int], micro: int) -> float:
-    """Share of real tokens when each micro-batch is padded to its longest sample."""
+    """Fraction of real tokens when each micro-batch is padded to its longest sample."""
     batches = [lengths[i : i + micro] for i in range(0, len(lengths), micro)]
     return sum(lengths) / sum(max(batch) * len(batch) for batch in batches)
 
 
 def best_fit(lengths: list[int]) -> float:
-    """Share of real tokens under best-fit decreasing over all samples at once."""
+    """Fraction of real tokens with best-fit decreasing over all samples at once."""
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
         place = bisect.bisect_left(rooms, length)
@@ -67,7 +67,7 @@ def best_fit(lengths: list[int]) -> float:
 
 
 def streamed(lengths: list[int], packing: str, look_ahead: int) -> tuple[float, float]:
-    """Share of real tokens of what the lanes give, and microseconds a row for packing and keeping samples."""
+    """Fraction of real tokens of the packing streams, and microseconds per sequence for packing and buffering."""
 
     def fetch(position: int) -> TokenizedSample:
         length = lengths[position % len(lengths)]
@@ -86,7 +86,7 @@ def streamed(lengths: list[int], packing: str, look_ahead: int) -> tuple[float, 
         shown += LENGTH * len(step) if packing == "rows" else max(step) * len(step)
     micros = (time.perf_counter() - began) / rows * 1e6
     if packing == "rows":
-        # What still waits counts too, packed as well as it can be, lest awkward samples be left over unseen.
+        # Buffered samples count too, packed optimally: samples that fit badly must not be left out.
         waiting = [lengths[p % len(lengths)] for state in lanes.states for p in state.waiting]
         real, shown = real + sum(waiting), shown + sum(waiting) / best_fit(waiting)
     return real / shown, micros
@@ -105,12 +105,12 @@ def main() -> int:
             row = {"padded": padded(lengths, MICRO[name]), "grouped": streamed(lengths, "grouped", 64)[0]}
             for look_ahead in (64, 512):
                 row[f"packed, look-ahead {look_ahead}"], micros = streamed(lengths, "rows", look_ahead)
-                row[f"microseconds a row, look-ahead {look_ahead}"] = micros
+                row[f"microseconds per packed sequence, look-ahead {look_ahead}"] = micros
             row["best-fit decreasing"] = bound
-            results[f"{name}, {image} tokens an image"] = {k: round(v, 4 if v <= 1 else 0) for k, v in row.items()}
+            results[f"{name}, {image} tokens per image"] = {k: round(v, 4 if v <= 1 else 0) for k, v in row.items()}
             floor = STAGE_3_FILL if name == "stage 3" else bound - STAGE_2_GAP
             status |= row["packed, look-ahead 64"] < floor
-    sys.stdout.write(json.dumps({"share of real tokens": results, **system_info()}, indent=1) + "\n")
+    sys.stdout.write(json.dumps({"fraction of real tokens": results, **system_info()}, indent=1) + "\n")
     return int(status)
 
 

@@ -1,9 +1,9 @@
-"""Time to go on from far inside the data: positions 1e5, 1e7 and 1e8 beside a start at 0.
+"""Measure the time to resume at data positions 1e5, 1e7 and 1e8, and to start at 0.
 
     python benchmarks/data_resume.py
 
-The source is synthetic (a billion samples, made when asked for), so that what is measured is finding the place and
-filling the look-ahead buffers again. Exits with status 1 when any resume takes more than a second to its first step.
+The source is synthetic (a billion samples, generated on access), so the time is that of seeking and of refilling the
+look-ahead buffers. Exits with status 1 if the first step after a resume takes over a second.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ POSITIONS = (0, 100_000, 10_000_000, 100_000_000)
 
 
 class Billion:
-    """A source of short conversations."""
+    """Source of a billion short conversations."""
 
     def __len__(self) -> int:
         return 1_000_000_000
@@ -36,7 +36,7 @@ class Billion:
 
 
 def first_step(position: int) -> float:
-    """Seconds from nothing to the first step after `position`."""
+    """Return the seconds from construction to the first step after `position`."""
     began = time.perf_counter()
     mixture = Mixture([MixtureDataset("a", Billion()), MixtureDataset("b", Billion(), repeat=0.5)], seed=0)
 

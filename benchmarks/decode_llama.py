@@ -1,9 +1,9 @@
-"""llama.cpp's side of decode_peer.py; runs in an environment of its own, which has llama-cpp-python and no vila.
+"""llama.cpp process of decode_peer.py; runs in its own environment with llama-cpp-python and without vila.
 
     PYTHON decode_llama.py MODEL.gguf THREADS CONTEXT
 
-Reads "PROMPT TOKENS" from each line of standard input, and answers with the seconds to the first token and of every
-step after it, as a JSON line. The first line that it writes is its version and what it says of the system.
+For each line "PROMPT TOKENS" of standard input, prints one JSON line with the seconds to the first token and of each
+later step. The first line of its output has the version and the system information of llama.cpp.
 """
 
 import ctypes

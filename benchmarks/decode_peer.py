@@ -1,12 +1,12 @@
-"""Tokens a second of one stream on a CPU, beside llama.cpp and transformers' `generate`, in turns.
+"""Compare tokens per second of one CPU stream with llama.cpp and `generate` of transformers.
 
     python benchmarks/decode_peer.py --shape smollm --threads 2 --peer PYTHON --transformers bfloat16 float32
 
-PYTHON is the interpreter of an environment with llama-cpp-python, which runs as a process of its own. Weights are
-random and of the same sizes: 4 bits in groups here, Q4_0 there, heads of the same bits. Every contestant makes the same
-number of tokens after the same number of prompt tokens; they take turns, round after round. `tokens/s` counts all
-tokens but the first, over their time, choosing included; `generate` shows no single tokens, so there it counts all,
-with the time of the prompt.
+PYTHON is the interpreter of an environment with llama-cpp-python, which runs in a separate process. Weights are random
+and of the same sizes: group-wise INT4 in vila, Q4_0 in llama.cpp, LM heads with equal bits. Every engine generates the
+same number of tokens after prompts of the same length; the engines alternate in each round. `tokens/s` is the decode
+rate without the first token, sampling included. `generate` reports no times per token: its figure counts all tokens and
+includes the prefill.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _Q4_0_BYTES, _Q8_0_BYTES, _BLOCK = 18, 34, 32
 
 
 @dataclass
-class Contestant:
-    """`run` gives the seconds of the steps of one answer, or of the whole answer over its tokens."""
+class EngineUnderTest:
+    """Engine to measure. `run` returns the seconds of each step of an answer, or total time / tokens."""
 
     name: str
     run: Callable[[], list[float]]
@@ -53,7 +53,7 @@ class Contestant:
 
     def row(self) -> dict[str, Any]:
         return {
-            "contestant": self.name,
+            "engine": self.name,
             "tokens_per_s": statistics.median(self.rates),
             "slowest": min(self.rates),
             "fastest": max(self.rates),
@@ -61,7 +61,7 @@ class Contestant:
         }
 
 
-def ours(subject: Subject, prompt: int, tokens: int) -> Contestant:
+def ours(subject: Subject, prompt: int, tokens: int) -> EngineUnderTest:
     given = [Prompt([10 + place % 200 for place in range(prompt)])]
 
     @torch.inference_mode()
@@ -77,10 +77,10 @@ def ours(subject: Subject, prompt: int, tokens: int) -> Contestant:
         one.close([])
         return times
 
-    return Contestant(f"vila {subject.precision}, {subject.backend}", run, subject.step_bytes)
+    return EngineUnderTest(f"vila {subject.precision}, {subject.backend}", run, subject.step_bytes)
 
 
-def transformers_peer(shape: Shape, dtype: str, prompt: int, tokens: int) -> Contestant:
+def transformers_peer(shape: Shape, dtype: str, prompt: int, tokens: int) -> EngineUnderTest:
     config = text_config(shape, 2048)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
     model.generation_config.eos_token_id = None
@@ -92,12 +92,12 @@ def transformers_peer(shape: Shape, dtype: str, prompt: int, tokens: int) -> Con
         return [(time.perf_counter() - begin) / tokens] * tokens
 
     unread = 0 if shape.tied else model.get_input_embeddings().weight.nbytes
-    return Contestant(f"transformers {dtype}", run, sum(p.nbytes for p in model.parameters()) - unread)
+    return EngineUnderTest(f"transformers {dtype}", run, sum(p.nbytes for p in model.parameters()) - unread)
 
 
 def llama_peer(
     python: Path, model: Path, read: int, threads: int, prompt: int, tokens: int
-) -> tuple[Contestant, dict[str, str]]:
+) -> tuple[EngineUnderTest, dict[str, str]]:
     command = [str(python), str(Path(__file__).with_name("decode_llama.py")), str(model), str(threads)]
     process = subprocess.Popen(
         [*command, str(prompt + tokens)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -112,11 +112,11 @@ def llama_peer(
         return json.loads(answered.readline())["steps"]
 
     facts = json.loads(answered.readline())
-    return Contestant(f"llama.cpp Q4_0, llama-cpp-python {facts['version']}", run, read), facts
+    return EngineUnderTest(f"llama.cpp Q4_0, llama-cpp-python {facts['version']}", run, read), facts
 
 
 def write_gguf(shape: Shape, head_bits: int, path: Path) -> int:
-    """A model with random weights. Returns the bytes that a step reads."""
+    """Write a model with random weights; return the bytes that a decode step reads."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(2048)
     writer.add_embedding_length(shape.width)
@@ -168,7 +168,7 @@ def write_gguf(shape: Shape, head_bits: int, path: Path) -> int:
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
-    """Names for all ids: llama.cpp opens no model without them."""
+    """Add a name for every token id; llama.cpp requires them."""
     special = ["<unk>", "<s>", "</s>"]
     pieces = [f"<0x{byte:02X}>" for byte in range(256)]
     words = [f"w{number}" for number in range(size - len(special) - len(pieces))]
@@ -183,10 +183,10 @@ def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| shape | contestant | tokens/s | slowest-fastest | of memory limit |", "|---|---|---|---|---|"]
+    lines = ["| shape | engine | tokens/s | slowest-fastest | of memory limit |", "|---|---|---|---|---|"]
     for row in rows:
         spread = f"{row['slowest']:.1f}-{row['fastest']:.1f}"
-        cells = (row["shape"], row["contestant"], f"{row['tokens_per_s']:.1f}", spread, f"{row['of_memory']:.0%}")
+        cells = (row["shape"], row["engine"], f"{row['tokens_per_s']:.1f}", spread, f"{row['of_memory']:.0%}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -197,7 +197,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=0, help="default: 128, or 64 where 128 does not fit")
     parser.add_argument("--head-bits", type=int, default=8, choices=(4, 8))
     parser.add_argument("--activation-bits", type=int, nargs="+", default=[8], choices=(8, 16, 32))
-    parser.add_argument("--plain", nargs="*", default=[], choices=("float32", "bfloat16"), help="ours, not quantized")
+    parser.add_argument("--plain", nargs="*", default=[], choices=("float32", "bfloat16"), help="vila, not quantized")
     parser.add_argument("--transformers", nargs="*", default=[], choices=("float32", "bfloat16"))
     parser.add_argument("--peer", type=Path, help="interpreter with llama-cpp-python")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -208,7 +208,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def contestants_of(options: argparse.Namespace, folder: Path, facts: dict[str, Any]) -> list[Contestant]:
+def contestants_of(options: argparse.Namespace, folder: Path, facts: dict[str, Any]) -> list[EngineUnderTest]:
     shape, sizes = SHAPES[options.shape], (options.prompt, options.tokens)
     group = options.group_size or (64 if shape.width % 128 else 128)
     model = random_model(shape, torch.float32, group_size=group)
@@ -217,15 +217,15 @@ def contestants_of(options: argparse.Namespace, folder: Path, facts: dict[str, A
         for bits in options.activation_bits
     ]
     for dtype in options.plain:
-        # float32 by onnxruntime, bfloat16 by torch, which is what each is good at.
+        # float32 runs on onnxruntime, bfloat16 on torch: the faster backend of each.
         backend = "onnx" if dtype == "float32" else "torch"
         found.append(ours(subject_of(random_model(shape, getattr(torch, dtype)), shape.title, backend=backend), *sizes))
     found += [transformers_peer(shape, dtype, *sizes) for dtype in options.transformers]
     if options.peer:
         path = folder / "random.gguf"
         read = write_gguf(shape, options.head_bits, path)
-        contestant, facts["llama.cpp"] = llama_peer(options.peer, path, read, options.threads, *sizes)
-        found.append(contestant)
+        engine, facts["llama.cpp"] = llama_peer(options.peer, path, read, options.threads, *sizes)
+        found.append(engine)
     return found
 
 
@@ -239,18 +239,18 @@ def main() -> None:
         "head_bits": options.head_bits,
     }
     with tempfile.TemporaryDirectory() as folder:
-        contestants = contestants_of(options, Path(folder), facts)
-        for contestant in contestants:
-            contestant.run()
+        engines = contestants_of(options, Path(folder), facts)
+        for engine in engines:
+            engine.run()
         bandwidths = []
         for _ in range(options.rounds):
             bandwidths.append(read_bandwidth("cpu"))
-            for contestant in contestants:
-                contestant.take_turn(bandwidths[-1])
-    rows = [{"shape": options.shape, **contestant.row()} for contestant in contestants]
+            for engine in engines:
+                engine.take_turn(bandwidths[-1])
+    rows = [{"shape": options.shape, **engine.row()} for engine in engines]
     print(json.dumps(facts))
     print(f"reading: {statistics.median(bandwidths) / 1e9:.1f} GB/s\n\n{table(rows)}")
-    print("\n".join(f"vila / {r['contestant']}: {rows[0]['tokens_per_s'] / r['tokens_per_s']:.2f}x" for r in rows[1:]))
+    print("\n".join(f"vila / {r['engine']}: {rows[0]['tokens_per_s'] / r['tokens_per_s']:.2f}x" for r in rows[1:]))
     if options.out:
         options.out.write_text(json.dumps({"machine": facts, "rows": rows}, indent=2) + "\n", encoding="utf-8")
 

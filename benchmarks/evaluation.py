@@ -1,10 +1,10 @@
-"""Questions a second of the evaluation runner against the original's way, on the same model and the same questions.
+"""Compare questions per second of the evaluation runner with one question at a time, as in the original code.
 
     python benchmarks/evaluation.py runs/starter/model --data DIR --questions 240 --rounds 3
 
-The original asks one question at a time (batch 1, `transformers.generate`, nothing reused). Ours asks in batches of
-like length, and computes a picture once for all its questions. float32, greedy, answers compared; they take turns.
-Exit status 1 below 4 times on sets with several questions a picture, or below 1.5 times with one.
+The original code runs batches of one question with `transformers.generate` and reuses nothing. The runner batches
+prompts of similar length and encodes an image once for all its questions. float32, greedy; answers are compared and the
+two alternate. Exits with status 1 if the speed-up is below 4 with several questions per image, or below 1.5 with one.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from vila.eval.benchmark import Item
 from vila.eval.benchmarks.easy_vqa import EasyVqa
 from vila.eval.runner import batches
 
-BOUNDS = {"several questions a picture": 4.0, "one question a picture": 1.5}
+BOUNDS = {"several questions per image": 4.0, "one question per image": 1.5}
 
 
 def ours(engine: Engine, items: Sequence[Item], new: int) -> dict[str, str]:
-    """Answers by item id, as the runner asks."""
+    """Return the answers of the runner by item id."""
     out: dict[str, str] = {}
     for batch in batches(items):
         answers = engine.generate_batch([item.messages for item in batch], SamplingParams(max_new_tokens=new))
@@ -41,7 +41,7 @@ def ours(engine: Engine, items: Sequence[Item], new: int) -> dict[str, str]:
 
 @torch.inference_mode()
 def one_by_one(engine: Engine, items: Sequence[Item], new: int, stop: list[int]) -> dict[str, str]:
-    """Answers by item id, one question at a time."""
+    """Return the answers by item id, one question at a time."""
     model, processor = engine.model, engine.processor
     out: dict[str, str] = {}
     for item in items:
@@ -57,12 +57,12 @@ def one_by_one(engine: Engine, items: Sequence[Item], new: int, stop: list[int])
 
 
 def measure(engine: Engine, items: Sequence[Item], new: int, rounds: int) -> dict[str, float]:
-    """Medians of questions a second, and the share of equal answers."""
+    """Return the median questions per second and the fraction of equal answers."""
     stop = sorted(engine._stop_ids)
     speeds: dict[str, list[float]] = {"ours": [], "one by one": []}
     equal = 0.0
     for _ in range(rounds):
-        fresh = Engine(engine.model, engine.processor)  # knows no picture yet
+        fresh = Engine(engine.model, engine.processor)  # with an empty image cache
         began = time.perf_counter()
         mine = ours(fresh, items, new)
         middle = time.perf_counter()
@@ -79,7 +79,7 @@ def measure(engine: Engine, items: Sequence[Item], new: int, rounds: int) -> dic
 
 
 def main() -> int:
-    """Measure both kinds of set and print one JSON object."""
+    """Measure both types of question sets and print one JSON object."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="easy-VQA folder")
@@ -91,8 +91,8 @@ def main() -> int:
     items = benchmark.items()
     first = {item.group: item for item in reversed(items)}
     sets = {
-        "several questions a picture": EasyVqa(asked.data, asked.questions).items(),
-        "one question a picture": list(first.values())[: asked.questions // 3],
+        "several questions per image": EasyVqa(asked.data, asked.questions).items(),
+        "one question per image": list(first.values())[: asked.questions // 3],
     }
     found = {name: measure(engine, some, benchmark.max_new_tokens, asked.rounds) for name, some in sets.items()}
     print(json.dumps({**found, "threads": torch.get_num_threads(), **system_info()}, indent=1))

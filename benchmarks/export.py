@@ -1,10 +1,10 @@
-"""Seconds and peak memory of exports of a model of real size with random weights.
+"""Measure time and peak memory of exports of a full-size model with random weights.
 
     python benchmarks/export.py --shape tinyllama-1.1b --format compressed-tensors --format gguf --out export.json
 
-The model is written first, row by row, in float16 with the tower of LLaVA-1.5. Every export has a process of its own.
-`peak` is the most memory that the process held past what it held once everything was imported and the model was opened,
-mapped pages of files included, in bytes and as a multiple of the largest tensor.
+The model is written first, row by row, in float16 with the tower of LLaVA-1.5. Every export runs in its own process.
+`peak` is the peak memory of the process above that after the imports and after opening the model, mapped pages of files
+included, in bytes and as a multiple of the largest tensor.
 """
 
 from __future__ import annotations
@@ -69,16 +69,18 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--format", action="append", default=[])
-    parser.add_argument("--only", default="", help="One precision, not all of them.")
+    parser.add_argument("--only", default="", help="Measure only this precision.")
     parser.add_argument("--precision", default="")
-    parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="Where there is room.")
+    parser.add_argument(
+        "--directory", type=Path, default=Path(tempfile.gettempdir()), help="Directory with enough free space."
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def write_model(folder: Path, shape: str) -> None:
-    """A random model of the shape in the native layout; no more than one weight is in memory."""
+    """Write a random model of the shape in the native layout; at most one weight is in memory."""
     width, mlp, layers, heads, pairs = SHAPES[shape]
     llm = LlamaConfig(
         hidden_size=width,
@@ -105,7 +107,7 @@ def write_model(folder: Path, shape: str) -> None:
     config.save_pretrained(folder)
     VilaProcessor(llama_tokenizer(), vision_spec=spec, template="vicuna_v1").save_pretrained(folder)
     llama_tokenizer().save_pretrained(folder)
-    # One run of noise for all of them: drawing it would take longer than the exports.
+    # The same noise for all weights: drawing it for each would take longer than the exports.
     noise = torch.empty(1 << 24).normal_(0, 0.02, generator=torch.Generator().manual_seed(0)).half()
     declared = {name: (tuple(one.shape), torch.float16) for name, one in published_state_dict(model).items()}
     with SafetensorsWriter(folder, declared) as writer:
@@ -128,7 +130,7 @@ def in_own_process(folder: Path, name: str, precision: str) -> dict[str, Any]:
 
 
 def measured(model: Path, name: str, precision: str, folder: Path) -> dict[str, Any]:
-    """One export in this process: the first, tiny one loads what it imports on the way."""
+    """Run one export in this process, after a tiny one that triggers all imports."""
     warm = folder / "warm"
     if not warm.exists():
         write_model(warm, "tiny")
@@ -148,7 +150,7 @@ def measured(model: Path, name: str, precision: str, folder: Path) -> dict[str, 
 
 
 def reset_peak() -> int:
-    """Forget the peak so far, where the system can, and give the memory held now."""
+    """Reset the peak, where the system supports it, and return the current memory."""
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")

@@ -1,11 +1,11 @@
-"""Load time and memory of whole checkpoints, beside stock transformers on the same weights.
+"""Measure load time and memory of checkpoints, and of transformers on the same weights.
 
     python benchmarks/loading.py --work /tmp/loading
 
-Writes a random checkpoint (TinyLlama-1.1B with CLIP-L/336) in every layout, loads each in a process of its own, touches
-every weight, and compares the peak of resident memory above that after the imports with the size of the weights.
-Exits with status 1 when a bound is broken: 1.02 x the weights in the type of the files, the weights and one tensor
-when they are cast, 1.1 x the time of transformers for the same weights.
+Writes a random checkpoint (TinyLlama-1.1B with CLIP-L/336) in every layout, loads each in its own process, reads every
+weight, and compares the peak resident memory above that after the imports with the size of the weights. Exits with
+status 1 if a limit is exceeded: 1.02 x the weights in the dtype of the files; the weights and one tensor if they are
+cast; 1.1 x the time of transformers for the same weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TOWER = "openai/clip-vit-large-patch14-336"
 
 
 def parts(size: str) -> tuple:
-    """Config and processor of the random model."""
+    """Return config and processor of the random model."""
     from transformers import AutoTokenizer, LlamaConfig
 
     from vila.model.layouts.build_config import build_config
@@ -43,7 +43,7 @@ def parts(size: str) -> tuple:
 
 
 def write_checkpoints(work: Path, size: str, layouts: list[str]) -> None:
-    """The same random bfloat16 weights in each layout; `llava-v1-bin` holds them as torch.save writes them."""
+    """Write the same random bfloat16 weights in each layout; `llava-v1-bin` is written by torch.save."""
     import torch
 
     from vila.model.layouts.base import to_layout_name
@@ -78,7 +78,7 @@ def write_checkpoints(work: Path, size: str, layouts: list[str]) -> None:
 
 
 def write_in_shards(model, processor, folder: Path, shard_size: int = 2 * 10**9) -> None:
-    """A llava-v1 checkpoint too large to hold twice, a shard at a time."""
+    """Write a llava-v1 checkpoint shard by shard: it is too large to be in memory twice."""
     import torch
     from safetensors.torch import save_file
 
@@ -136,7 +136,7 @@ print(json.dumps({"seconds": seconds, "peak": memory("VmHWM") - before, "weights
 
 
 def measure(path: Path, peer: str, dtype: str) -> dict[str, float]:
-    """One load in a fresh process."""
+    """Measure one load in a new process."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(path), peer, dtype], capture_output=True, text=True, check=False
     )
@@ -147,7 +147,7 @@ def measure(path: Path, peer: str, dtype: str) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--work", type=Path, required=True, help="where the checkpoints are written and kept")
+    parser.add_argument("--work", type=Path, required=True, help="directory of the checkpoints, which are kept")
     parser.add_argument("--size", choices=SIZES, default="1.1b")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
@@ -160,7 +160,7 @@ def main() -> int:
         if "llava-hf" in args.layouts:
             runs.insert(0, ("llava-hf", "transformers"))
         taken: dict[tuple[str, str], list[dict[str, float]]] = {run: [] for run in runs}
-        # Interleaved, so that whatever else the machine does meets all of them.
+        # Interleaved, so that other load of the machine affects all of them.
         for _ in range(args.repeats):
             for run in runs:
                 taken[run].append(measure(args.work / args.size / run[0], run[1], dtype))
@@ -168,7 +168,7 @@ def main() -> int:
         for (layout, who), results in taken.items():
             weights, largest = results[0]["weights"], results[0]["largest"]
             peak = max(r["peak"] for r in results)
-            # The least time: whatever else the machine does only adds to it.
+            # The minimum: other load of the machine only adds to it.
             seconds, middle = (f(r["seconds"] for r in results) for f in (min, statistics.median))
             rows.append((who, layout, dtype, weights / 1e9, peak / weights, seconds, middle, seconds / peer))
             if who == "vila":

@@ -83,26 +83,35 @@ def _cases() -> Iterator[Case]:
     again = MemoryConfig(dtype_bytes=2, has_mask=MASKED, recompute=1)
     yield Case("frozen LLM, bf16", align, half)
     yield Case("frozen LLM, fp32", align, whole)
-    yield Case("frozen LLM, bf16, recomputed", align, again)
+    yield Case("frozen LLM, bf16, gradient checkpointing", align, again)
     yield Case("LLM and projector, bf16", tune, half)
     yield Case("LLM and projector, fp32", tune, whole)
-    yield Case("LLM and projector, bf16, recomputed", tune, again, rows=4)
+    yield Case("LLM and projector, bf16, gradient checkpointing", tune, again, rows=4)
     yield Case(
-        "LLM and projector, every second block recomputed", tune, MemoryConfig(2, has_mask=MASKED, recompute=2), rows=4
+        "LLM and projector, every second block gradient checkpointing",
+        tune,
+        MemoryConfig(2, has_mask=MASKED, recompute=2),
+        rows=4,
     )
     yield Case("LLM and projector, accumulated", tune, MemoryConfig(2, has_mask=MASKED, accumulates=True))
-    yield Case("adapters, bf16", adapters, half)
-    yield Case("adapters, bf16, recomputed", adapters, again, rows=4)
+    yield Case("LoRA, bf16", adapters, half)
+    yield Case("LoRA, bf16, gradient checkpointing", adapters, again, rows=4)
     many = {"images": 40, "projector": "mlp_downsample"}
     yield Case("everything, many images, bf16", everything, half, **many)
-    yield Case("everything, many images, bf16, recomputed", everything, again, **many)
+    yield Case("everything, many images, bf16, gradient checkpointing", everything, again, **many)
     yield Case("everything, SigLIP, fp32", everything, whole, images=10, tower="siglip")
-    yield Case("frozen LLM and tower, many images, recomputed", align, again, **many)
-    yield Case("LLM and projector, bf16, gathered weights kept", tune, replace(half, reshard=False))
+    yield Case("frozen LLM and tower, many images, gradient checkpointing", align, again, **many)
+    yield Case("LLM and projector, bf16, reshard: false", tune, replace(half, reshard=False))
     big = {"vocab_size": 30000, "tie_word_embeddings": True, "num_key_value_heads": 2}
     yield Case("tied head, large vocabulary, bf16", tune, half, family="qwen2", text=big)
     yield Case(
-        "grouped heads, long rows", tune, half, rows=1, length=1024, family="mistral", text={"num_key_value_heads": 2}
+        "grouped-query attention, long packed sequences",
+        tune,
+        half,
+        rows=1,
+        length=1024,
+        family="mistral",
+        text={"num_key_value_heads": 2},
     )
 
 
@@ -110,9 +119,9 @@ CASES = {case.name: case for case in _cases()}
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the bytes of all storages that live: those it is shown, and all that operations read and write.
+    """Sum the bytes of all live storages: registered ones, and those that operations read and write.
 
-    Sizes are looked at anew each time, because FSDP2 empties and fills the storages of gathered weights.
+    Sizes are read again each time, because FSDP2 frees and refills the storages of gathered weights.
     """
 
     def __init__(self) -> None:
@@ -142,7 +151,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def measure(case: Case, world: World | None = None) -> int:
-    """Peak bytes of tensors in the second step of a case, sharded over the ranks of `world`."""
+    """Return the peak bytes of tensors in the second step of a case, sharded over the ranks of `world`."""
     torch.manual_seed(0)
     trainable, dtype = case.trainable, TYPES[case.memory.dtype_bytes]
     model = VilaForConditionalGeneration(case.config())
@@ -177,7 +186,7 @@ def measure(case: Case, world: World | None = None) -> int:
 
 
 def predict(case: Case) -> Memory:
-    """What the planner says of a case."""
+    """Return the prediction of the planner for a case."""
     return peak_memory(shape_of(case.config()), case.trainable, case.memory, case.micro)
 
 
@@ -208,7 +217,7 @@ def _batch(case: Case, placeholder: int) -> Batch:
 
 
 def sharded(case: Case, ranks: int) -> Case:
-    """The case with its weights sharded over `ranks` ranks."""
+    """Return the case with its weights sharded over `ranks` ranks."""
     return replace(case, memory=replace(case.memory, num_shards=ranks))
 
 
@@ -216,7 +225,9 @@ def main() -> int:
     world = open_world()
     ranks, worst = world.process.world_size, 0.0
     if world.is_main:
-        print(f"Dealt to {ranks}\n\n| Configuration | Measured MB | Predicted MB | Error |\n|---|---|---|---|")
+        print(
+            f"Sharded over {ranks} ranks\n\n| Configuration | Measured MB | Predicted MB | Error |\n|---|---|---|---|"
+        )
     for name, one in CASES.items():
         case = sharded(one, ranks)
         measured, predicted = measure(case, None if world.is_single else world), predict(case).total

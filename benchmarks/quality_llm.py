@@ -1,9 +1,9 @@
-"""What 4 bits cost the starter's language model alone, before any training on pictures.
+"""Measure the quality loss of 4-bit weights for the starter's LLM alone, before training on images.
 
     python benchmarks/quality_llm.py LLM_DIR OUT [rtn-feedback,...]
 
-LLM_DIR is the converted part, `~/.cache/vila/parts/smollm2-135m-instruct`. Ways: full, rtn, awq with 1,024 tokens, best
-with 8,192; rtn-feedback is feedback without AWQ's search.
+LLM_DIR is the converted component `~/.cache/vila/parts/smollm2-135m-instruct`. Variants: full, rtn, awq with 1,024
+calibration tokens, best with 8,192; rtn-feedback is GPTQ error feedback without the AWQ search.
 """
 
 from __future__ import annotations

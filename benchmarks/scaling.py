@@ -21,9 +21,9 @@ from vila.plan.planner import make_plan, usable_bytes
 GPUS = (8, 32, 128, 256, 1024)
 SHARES = (1, 4, 16)
 STAGES = {
-    "Stage 1, 256 samples a step": ("vila_7b/1_align", []),
-    "Stage 2, 1,024 samples a step": ("vila_7b/2_pretrain", []),
-    "Stage 3, 128 samples a step": ("vila_7b/3_sft", []),
+    "Stage 1, 256 samples per step": ("vila_7b/1_align", []),
+    "Stage 2, 1,024 samples per step": ("vila_7b/2_pretrain", []),
+    "Stage 3, 128 samples per step": ("vila_7b/3_sft", []),
     "Stage 3, packed, 128 rows of 4,096 tokens": (
         "vila_7b/3_sft",
         ["data.packing=rows", "batch.rows=128", "batch.samples=0", "batch.micro=4"],
@@ -142,10 +142,10 @@ def break_even() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def evenness() -> str:
+def load_balance() -> str:
     """Return the table of load balance: mean over maximum tokens per rank, for sampled lengths of stage 3."""
     lengths = np.array(draw(stage_3, 576, 128 * 200))
-    rows = [("Samples a GPU", *(f"{each}" for each in SHARES)), ("---",) * (len(SHARES) + 1)]
+    rows = [("Samples per GPU", *(f"{each}" for each in SHARES)), ("---",) * (len(SHARES) + 1)]
     cells = []
     for each in SHARES:
         steps = lengths.reshape(-1, 128 // each, each).sum(axis=2)
@@ -158,7 +158,7 @@ def main() -> int:
     for title in STAGES:
         print(f"\n## {title}\n\n{table(title)}")
     print(f"\n## Break-even\n\n{break_even()}")
-    print(f"\n## Evenness\n\n{evenness()}")
+    print(f"\n## Load balance\n\n{load_balance()}")
     return 0
 
 

@@ -1,9 +1,9 @@
-"""Time and memory of the AWQ search on blocks as large as those of a 7B model, drawn at random.
+"""Measure time and memory of the AWQ search on random decoder blocks with the sizes of a 7B model.
 
     python benchmarks/search_blocks.py --shape vila-7b --blocks 2 --rows 2 --dtype bfloat16
 
-The search goes from block to block, so a model of N blocks takes N / blocks times as long; its memory beside the model
-is that of one block whatever N is.
+The search runs block by block, so a model of N blocks takes N / blocks times as long; its memory besides the model is
+that of one block for any N.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Requests that run together beside the same requests one after another, on one engine in one process.
+"""Compare concurrent requests with the same requests one after another, on one engine in one process.
 
     python benchmarks/serving_engine.py MODEL --images FOLDER --threads 2 --rounds 5 --out serving_engine.json
 
-Both sides make the same number of tokens from the same prompts, greedily, and take turns round after round, each round
-with prompts that were never seen before; who begins changes from round to round. `text` has prompts of `--prompt`
-tokens and answers of `--tokens` that no token ends; `image` one picture with a question and a short answer. `single` is
-`Engine.generate` one after another; `batcher, 1 at a time` has the batcher do that, which shows what it costs. Last
-comes how long a running stream waits while a prompt of four chunks is read, beside two of its steps and a chunk alone.
+All variants generate the same number of tokens from the same prompts, greedily, and alternate; each round has new
+prompts and another order of variants. `text` has prompts of `--prompt` tokens and answers of `--tokens` tokens
+without stop tokens; `image` one image with a question and a short answer. `single` calls `Engine.generate` for one
+request after another; `batcher, 1 at a time` submits them to the batcher one by one, which shows its overhead. Last,
+the longest pause of a running stream during the prefill of a prompt of four chunks, next to two decode steps and one
+chunk alone.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ Requests = Sequence[Sequence[Message]]
 
 
 def text_requests(engine: Engine, count: int, tokens: int, draw: random.Random) -> Requests:
-    """Prompts of about `tokens` tokens that begin differently."""
+    """Return prompts of about `tokens` tokens without a common prefix."""
 
     def one() -> list[Message]:
         words: list[str] = []
@@ -64,23 +65,23 @@ def text_requests(engine: Engine, count: int, tokens: int, draw: random.Random) 
 
 
 def image_requests(paths: Sequence[Path], count: int, draw: random.Random) -> Requests:
-    """Pictures with a question; no two begin alike."""
+    """Return questions about images, without a common prefix."""
     return [[Message.of("user", Image(path), "what shape is in the image?")] for path in draw.sample(paths, count)]
 
 
 def single(engine: Engine, requests: Requests, sampling: SamplingParams) -> list[tuple[int, ...]]:
-    """One after another, without the batcher."""
+    """Run requests one after another, without the batcher."""
     return [engine.complete([messages], sampling)[0].ids for messages in requests]
 
 
 def together(batcher: Batcher, requests: Requests, sampling: SamplingParams) -> list[tuple[int, ...]]:
-    """All at once."""
+    """Run all requests concurrently."""
     tickets = [batcher.submit(messages, sampling) for messages in requests]
     return [ticket.generation().ids for ticket in tickets]
 
 
 def in_turn(batcher: Batcher, requests: Requests, sampling: SamplingParams) -> list[tuple[int, ...]]:
-    """One after another, by the batcher."""
+    """Run requests one after another through the batcher."""
     return [batcher.submit(messages, sampling).generation().ids for messages in requests]
 
 
@@ -91,23 +92,23 @@ def measure(
     sampling: SamplingParams,
     rounds: int,
 ) -> Iterator[dict[str, Any]]:
-    """A record for each contestant."""
-    contestants: dict[str, Callable[[Requests], list[tuple[int, ...]]]] = {
+    """Return one record for each variant."""
+    variants: dict[str, Callable[[Requests], list[tuple[int, ...]]]] = {
         "single": lambda some: single(engine, some, sampling),
         "batcher, 1 at a time": lambda some: in_turn(batcher, some, sampling),
         "batcher, together": lambda some: together(batcher, some, sampling),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     tokens, same, answers = 0, 0, 0
     for number in range(rounds + 1):
         requests = make()
-        order = list(contestants)
+        order = list(variants)
         order = order[number % 3 :] + order[: number % 3]
         found = {}
         for name in order:
             forget(engine, batcher)
             begin = time.perf_counter()
-            found[name] = contestants[name](requests)
+            found[name] = variants[name](requests)
             seconds[name].append(time.perf_counter() - begin)
         tokens = sum(map(len, found["single"]))
         same += sum(a == b for a, b in zip(found["single"], found["batcher, together"], strict=True))
@@ -116,7 +117,7 @@ def measure(
         # The first round warms up.
         pairs = zip(seconds["single"][1:], times[1:], strict=True)
         yield {
-            "contestant": name,
+            "variant": name,
             "requests_per_s": len(requests) / statistics.median(times[1:]),
             "tokens_per_s": tokens / statistics.median(times[1:]),
             "times_single": statistics.median(alone / own for alone, own in pairs),
@@ -125,9 +126,9 @@ def measure(
 
 
 def prefill_delay(engine: Engine, batcher: Batcher, draw: random.Random, rounds: int) -> dict[str, float]:
-    """How long a running stream waits for its next token, in ms, while a prompt of four chunks is read beside it.
+    """Return the longest wait of a running stream for its next token, in ms, during the prefill of a four-chunk prompt.
 
-    `chunk` is the longest of the four when that prompt is read alone.
+    `chunk` is the longest of the four chunks when that prompt is prefilled alone.
     """
     chunk, take, took = batcher._scheduler.chunk, batcher._scheduler.step, [0.0]
 
@@ -164,7 +165,7 @@ def prefill_delay(engine: Engine, batcher: Batcher, draw: random.Random, rounds:
 
 
 def forget(engine: Engine, batcher: Batcher) -> None:
-    """Nothing that an earlier contestant computed helps the next one."""
+    """Clear the caches, so that a variant reuses nothing of earlier ones."""
     engine._features._features.clear()
     batcher._rows.forget_all()
 
@@ -172,7 +173,7 @@ def forget(engine: Engine, batcher: Batcher) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--images", type=Path, help="a folder of pictures; without it only text is measured")
+    parser.add_argument("--images", type=Path, help="directory of images; without it only text is measured")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", default="auto", choices=BACKENDS)
@@ -181,7 +182,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--delay", action="store_true", help="only how long a stream waits for a prompt")
+    parser.add_argument("--delay", action="store_true", help="measure only the delay by a prefill")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
@@ -215,10 +216,10 @@ def main() -> None:
                 rows.append({"load": "image", **row})
     facts = {**system_info(), "dtype": str(engine.model.dtype), "backend": engine.backend, "threads": options.threads}
     print(json.dumps(facts))
-    print("| load | contestant | requests/s | tokens/s | times single | same answers |\n|---|---|---|---|---|---|")
+    print("| load | variant | requests/s | tokens/s | times single | same answers |\n|---|---|---|---|---|---|")
     for row in rows:
         print(
-            f"| {row['load']} | {row['contestant']} | {row['requests_per_s']:.2f} | {row['tokens_per_s']:.1f} "
+            f"| {row['load']} | {row['variant']} | {row['requests_per_s']:.2f} | {row['tokens_per_s']:.1f} "
             f"| {row['times_single']:.2f} | {row['same_answers']:.1%} |"
         )
     print("prefill delay, ms: " + ", ".join(f"{name} {value:.1f}" for name, value in delay.items()))

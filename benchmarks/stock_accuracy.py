@@ -1,10 +1,10 @@
-"""easy-VQA accuracy of a `llava-hf` directory by stock transformers alone: nothing of this project is imported.
+"""Measure the easy-VQA accuracy of a `llava-hf` directory with transformers only, without importing vila.
 
     vila convert runs/starter/model runs/starter/llava-hf --layout llava-hf
     python benchmarks/stock_accuracy.py runs/starter/llava-hf DIR/easy-vqa/test --questions 1000
     vila eval runs/starter/model --benchmarks easy_vqa --questions 1000 --data DIR/easy-vqa
 
-The questions are the first whole pictures of the test set, in order of first appearance, as `vila eval` takes them.
+The questions are those of the first images of the test set, in order of first appearance, as in `vila eval`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 
 def first_questions(folder: Path, count: int) -> list[tuple[str, str, str]]:
-    """Question, answer, picture of the first pictures that together have `count` questions."""
+    """Return (question, answer, image) of the first images that together have `count` questions."""
     rows = json.loads((folder / "questions.json").read_text())
     by_picture: dict[str, list[tuple[str, str, str]]] = {}
-    for question, answer, picture in rows:
-        by_picture.setdefault(str(picture), []).append((question, answer, str(picture)))
+    for question, answer, image in rows:
+        by_picture.setdefault(str(image), []).append((question, answer, str(image)))
     out: list[tuple[str, str, str]] = []
     for group in by_picture.values():
         if len(out) >= count:
@@ -38,7 +38,7 @@ def first_questions(folder: Path, count: int) -> list[tuple[str, str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
-    parser.add_argument("data", type=Path, help="folder with questions.json and images/")
+    parser.add_argument("data", type=Path, help="directory with questions.json and images/")
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
@@ -46,14 +46,14 @@ def main() -> None:
     model = LlavaForConditionalGeneration.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).eval()
     asked = first_questions(options.data, options.questions)
     right = 0
-    for number, (question, answer, picture) in enumerate(asked, 1):
+    for number, (question, answer, image) in enumerate(asked, 1):
         content = [{"type": "image"}, {"type": "text", "text": question}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        with Image.open(options.data / "images" / f"{picture}.png") as opened:
+        with Image.open(options.data / "images" / f"{image}.png") as opened:
             inputs = processor(images=opened.convert("RGB"), text=prompt, return_tensors="pt").to(model.dtype)
         made = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        said = processor.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += said.strip().rstrip(".").lower() == answer.lower()
+        text = processor.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        right += text.strip().rstrip(".").lower() == answer.lower()
         if number % 100 == 0:
             print(f"{number}: {right / number:.2%}", file=sys.stderr)
     loaded = sorted(name for name in sys.modules if name.split(".")[0] == "vila")

@@ -1,15 +1,16 @@
-"""Tokens a second of a training step, against Hugging Face's Trainer and LlavaForConditionalGeneration, same shape.
+"""Compare tokens per second of a training step with the Trainer of transformers and LlavaForConditionalGeneration.
 
     python benchmarks/train_step.py
 
-Both have the shape of SmolLM2-135M behind a CLIP tower of ViT-S size, the same random weights, and see the same samples
-in the same order, drawn from the lengths of stage 3 (data_packing.py) with `--scale` dividing text, pictures and rows
-alike. The tower is frozen, projector and LLM learn; AdamW, gradients clipped at 1. The peer pads batches of 16, as
-published; "ours, padded" does the same, "ours, packed" fills rows. In bfloat16 the peer runs under autocast, ours on
-float32 masters. The three take turns step by step in one process. The peer's collation happens outside its clock, ours
-inside; each step is one forward pass. What is counted is real tokens, padding left out.
+Both models have the shape of SmolLM2-135M with a CLIP tower of ViT-S size and the same random weights, and read the
+same samples in the same order. Lengths are those of stage 3 (data_packing.py); `--scale` divides the lengths of
+texts, images and packed sequences. The tower is frozen, projector and LLM are trained; AdamW, gradients clipped at 1.
+The peer pads batches of 16, as published; "vila, padded" does the same, "vila, packed" packs sequences. In bfloat16
+the peer runs under autocast, vila with float32 master weights. The three alternate step by step in one process.
+Collation is included in the time of vila and not in that of the peer; each step is one forward pass. Only real tokens
+are counted, no padding.
 
-Exits with status 1 when packed is below 1.5 times or padded below 1.0 times the peer's tokens a second.
+Exits with status 1 if packed is below 1.5 times or padded below 1.0 times the tokens per second of the peer.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ Pixels = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class Data:
-    """Samples with noise for text and pictures, everything in memory."""
+    """Samples of random text and images, in memory."""
 
     def __init__(self, number: int, scale: int) -> None:
         self.side = PICTURE // PATCH if scale == 1 else round(PICTURE / PATCH / scale**0.5)
@@ -76,11 +77,11 @@ class Data:
         shown = rng.random(number) >= 0.25
         self.row = LENGTH // scale
         self.samples = [
-            self._sample(rng, n, max(2, length // scale), self.side**2 * int(picture))
-            for n, (length, picture) in enumerate(zip(lengths, shown, strict=True))
+            self._sample(rng, n, max(2, length // scale), self.side**2 * int(image))
+            for n, (length, image) in enumerate(zip(lengths, shown, strict=True))
         ]
         pixels = self.side * PATCH
-        self.pictures = rng.standard_normal((number, 3, pixels, pixels), dtype=np.float32)
+        self.images = rng.standard_normal((number, 3, pixels, pixels), dtype=np.float32)
 
     def _sample(self, rng: np.random.Generator, number: int, text: int, slots: int) -> TokenizedSample:
         text = min(text, self.row - slots)
@@ -91,19 +92,19 @@ class Data:
         return TokenizedSample(str(number), ids.astype(np.int32), is_supervised, segments, IMAGE, media)
 
     def fetch(self, position: int) -> TokenizedSample:
-        """The sample at a position of the endless stream."""
+        """Return the sample at a position of the endless stream."""
         return self.samples[position % len(self.samples)]
 
     def decode(self, position: int, sample: Any) -> Sequence[Pixels]:
-        """Its pictures."""
-        return [self.pictures[position % len(self.samples)]] if self.fetch(position).media else []
+        """Return the pixels of the images of a sample."""
+        return [self.images[position % len(self.samples)]] if self.fetch(position).media else []
 
 
 class Ours:
-    """Our step: lanes, collation, objective, optimizer."""
+    """Training step of vila: packing streams, collation, loss, optimizer."""
 
     def __init__(self, data: Data, shape: dict[str, Any], dtype: torch.dtype, packing: str, peer: Any) -> None:
-        lanes = MICRO["stage 3"] if packing == "none" else 3  # 3 rows hold about as many samples
+        lanes = MICRO["stage 3"] if packing == "none" else 3  # 3 packed sequences have about as many samples
         policy = PackingPolicy(max_length=data.row, look_ahead=64, packing=packing)  # type: ignore[arg-type]
         self.lanes = PackingStreams(data.fetch, lanes, policy=policy, decode=data.decode)
         self.model = VilaForConditionalGeneration(VilaConfig(**shape, image_token_id=IMAGE))
@@ -115,7 +116,7 @@ class Ours:
         self.objective = LossModule(self.model)
 
     def step(self) -> tuple[int, int]:
-        """One update; real tokens and places."""
+        """Run one update; return real tokens and padded length."""
         batch = collate(self.lanes.step())
         loss, _ = self.objective(batch, pixels=batch.pixels)
         (loss / batch.num_supervised).backward()
@@ -125,7 +126,7 @@ class Ours:
 
 
 def copy_weights(peer: LlavaForConditionalGeneration, model: VilaForConditionalGeneration) -> None:
-    """Give our model the peer's weights."""
+    """Copy the weights of the peer to the model of vila."""
     model.vision_tower.load_state_dict(peer.model.vision_tower.state_dict())
     model.language_model.model.load_state_dict(peer.model.language_model.state_dict())
     theirs = peer.model.multi_modal_projector.state_dict()
@@ -135,7 +136,7 @@ def copy_weights(peer: LlavaForConditionalGeneration, model: VilaForConditionalG
 
 
 class Stream(IterableDataset[dict[str, Any]]):
-    """The samples as the peer's Trainer takes them, in order, endless."""
+    """Endless stream of the samples, in order, in the form that the Trainer reads."""
 
     def __init__(self, data: Data) -> None:
         self.data = data
@@ -148,26 +149,26 @@ class Stream(IterableDataset[dict[str, Any]]):
 
 
 def padded(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """The peer's batch, padded on the right to its longest sample."""
+    """Collate a batch of the peer, padded on the right to its longest sample."""
     batch = collate([[item["sample"]] for item in items])
-    pixels = [torch.from_numpy(picture) for item in items for picture in item["pixels"]]
+    pixels = [torch.from_numpy(image) for item in items for image in item["pixels"]]
     out = {"input_ids": batch.ids, "labels": batch.labels, "attention_mask": (batch.segments >= 0).long()}
     return out | ({"pixel_values": torch.stack(pixels)} if pixels else {})
 
 
 class Turns(TrainerCallback):
-    """After each step of the peer, one step of each of ours; the first of each is left out."""
+    """Trainer callback: after each step of the peer, one step of each variant of vila; first steps are not counted."""
 
     def __init__(self, data: Data, ours: dict[str, Ours]) -> None:
         self.data, self.ours, self.began, self.number = data, ours, 0.0, 0
         self.spent = {name: [0, 0, 0.0] for name in ("peer", *ours)}
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """The peer starts."""
+        """Start the clock of the peer."""
         self.began = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """The peer is done; ours take their turns."""
+        """Stop the clock of the peer; run one step of each variant of vila."""
         micro = MICRO["stage 3"]
         lengths = [len(self.data.fetch(self.number * micro + n)) for n in range(micro)]
         self._note("peer", sum(lengths), max(lengths) * micro, time.perf_counter() - self.began)
@@ -183,7 +184,7 @@ class Turns(TrainerCallback):
 
 
 def apart(data: Data, peer: LlavaForConditionalGeneration, model: VilaForConditionalGeneration) -> float:
-    """How far the two losses of one batch are from each other, relatively: both compute the same."""
+    """Return the relative difference between the two losses of one batch."""
     items = [{"sample": data.fetch(n), "pixels": data.decode(n, None)} for n in range(4)]
     batch, given = collate([[item["sample"]] for item in items]), padded(items)
     with torch.no_grad():
@@ -193,7 +194,7 @@ def apart(data: Data, peer: LlavaForConditionalGeneration, model: VilaForConditi
 
 
 def measure(data: Data, dtype: torch.dtype, rounds: int, tiny: bool) -> dict[str, Any]:
-    """Tokens a second of the three in one number type."""
+    """Measure tokens per second of the three variants in one dtype."""
     text = LlamaConfig(**(TEXT | TINY | {"num_key_value_heads": 1} if tiny else TEXT))
     vision = CLIPVisionConfig(**(VISION | TINY if tiny else VISION), image_size=data.side * PATCH, patch_size=PATCH)
     torch.manual_seed(0)
@@ -225,24 +226,26 @@ def measure(data: Data, dtype: torch.dtype, rounds: int, tiny: bool) -> dict[str
         Trainer(model=peer, args=arguments, train_dataset=Stream(data), data_collator=padded, callbacks=[turns]).train()
     speeds = {name: tokens / seconds for name, (tokens, _, seconds) in turns.spent.items()}
     return {
-        "real tokens a second": {name: round(speed, 1) for name, speed in speeds.items()},
+        "real tokens per second": {name: round(speed, 1) for name, speed in speeds.items()},
         "times the peer": {name: round(speeds[name] / speeds["peer"], 2) for name in ours},
-        "share of real tokens": {name: round(tokens / places, 3) for name, (tokens, places, _) in turns.spent.items()},
-        "loss apart from the peer's, relative": gap,
+        "fraction of real tokens": {
+            name: round(tokens / places, 3) for name, (tokens, places, _) in turns.spent.items()
+        },
+        "relative difference from the loss of the peer": gap,
     }
 
 
 def main() -> int:
     """Print the table; return the exit status."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--scale", type=int, default=8, help="what lengths of stage 3 are divided by")
-    options.add_argument("--rounds", type=int, default=3, help="measured steps of each")
+    options.add_argument("--scale", type=int, default=8, help="divisor of the lengths of stage 3")
+    options.add_argument("--rounds", type=int, default=3, help="measured steps per variant")
     options.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    options.add_argument("--tiny", action="store_true", help="a model of two narrow layers, to try the script")
+    options.add_argument("--tiny", action="store_true", help="model of two narrow layers, to test the script")
     chosen = options.parse_args()
     data = Data(512, chosen.scale)
     results = {name: measure(data, getattr(torch, name), chosen.rounds, chosen.tiny) for name in chosen.dtype}
-    sizes = {"scale": chosen.scale, "rows of": data.row, "tokens a picture": data.side**2, "rounds": chosen.rounds}
+    sizes = {"scale": chosen.scale, "rows of": data.row, "tokens per image": data.side**2, "rounds": chosen.rounds}
     sys.stdout.write(json.dumps({**results, **sizes, **system_info()}, indent=1) + "\n")
     bounds = {"ours, packed": 1.5, "ours, padded": 1.0}
     return int(any(r["times the peer"][name] < bound for r in results.values() for name, bound in bounds.items()))

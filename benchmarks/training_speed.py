@@ -1,10 +1,10 @@
-"""Training speed of the starter's stage 3 against a plain padded loop of the same model, in one run.
+"""Compare the training speed of the starter's stage 3 with a plain padded loop on the same model, in one run.
 
     python benchmarks/training_speed.py runs/starter --steps 12
 
-The peer does what a first script would do: one question a sample, right-padded batches of 16, pictures through the
-tower every time, logits of every position, bf16 autocast, torch AdamW. Both see the same questions; figures are
-questions and real tokens a second, taken alternately, and their ratios.
+The peer is a minimal script: one question per sample, right-padded batches of 16, the vision tower in every step,
+logits at every position, bf16 autocast, torch AdamW. Both train on the same questions and alternate. The figures are
+questions and real tokens per second, and their ratios.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vila.train.build import build
 
 
 class PaddedLoop:
-    """The plain loop: one question a sample, padded batches."""
+    """Plain loop: one question per sample, padded batches."""
 
     def __init__(self, folder: Path, samples: list[Sample], batch: int) -> None:
         self.model, self.processor = load_model(folder / "2_pretrain" / "model", dtype="float32")
@@ -43,7 +43,7 @@ class PaddedLoop:
         self.batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
 
     def step(self) -> tuple[int, int]:
-        """One update; questions and real tokens seen."""
+        """Run one update; return its numbers of questions and real tokens."""
         rows = self.batches.pop(0)
         batch = collate([[row] for row in rows])
         with torch.autocast("cpu", torch.bfloat16, enabled=choose_dtype("auto") is torch.bfloat16):

@@ -1,9 +1,10 @@
-"""Ask the starter model, through `vila run`, about one picture, two, a clip, and with three examples; exit 1 if wrong.
+"""Ask the starter model about one image, two images, a video, and with three examples; exit 1 for a wrong answer.
 
     python scripts/ask_starter.py runs/starter/model
 
-The pictures are of easy-VQA's test split, which the model has not seen. It was trained on pages of several pictures and
-on questions about one, so of two pictures, or of a clip, it speaks about the last.
+Questions are asked with `vila run`. The images are of the test split of easy-VQA, which is not trained on. The model
+was trained on pages with several images and on questions about one image, so for two images or a video it answers
+about the last one.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ EXAMPLES = {542: "black", 278: "black", 437: "green"}
 ASKED = 630  # a green rectangle
 
 
-def write_clip(path: Path, first: Path, second: Path, seconds: int = 10, rate: int = 8) -> Path:
-    """A clip that shows one picture and from its middle on another."""
+def write_video(path: Path, first: Path, second: Path, seconds: int = 10, rate: int = 8) -> Path:
+    """Write a video that shows one image in its first half and another in its second."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate, options={"crf": "10"})
         stream.width = stream.height = 64
@@ -40,28 +41,28 @@ def write_clip(path: Path, first: Path, second: Path, seconds: int = 10, rate: i
 
 
 def main() -> int:
-    """Ask, print question, expectation and answer, and count the wrong ones."""
+    """Ask all questions, print answers and expected answers, and return 1 if one is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     model = parser.parse_args().model
     images = obtain_easy_vqa(cache_dir()) / "test" / "images"
 
-    def picture(number: int) -> str:
+    def image(number: int) -> str:
         return str(images / f"{number}.png")
 
     with tempfile.TemporaryDirectory() as folder:
-        ahead = write_clip(Path(folder) / "a.mp4", images / f"{BROWN_CIRCLE}.png", images / f"{BLUE_RECTANGLE}.png")
-        back = write_clip(Path(folder) / "b.mp4", images / f"{BLUE_RECTANGLE}.png", images / f"{BROWN_CIRCLE}.png")
-        brown, blue = ["--image", picture(BROWN_CIRCLE)], ["--image", picture(BLUE_RECTANGLE)]
-        shots = [word for n, text in EXAMPLES.items() for word in ("--shot", f"image={picture(n)}", f"text={text}")]
+        ahead = write_video(Path(folder) / "a.mp4", images / f"{BROWN_CIRCLE}.png", images / f"{BLUE_RECTANGLE}.png")
+        back = write_video(Path(folder) / "b.mp4", images / f"{BLUE_RECTANGLE}.png", images / f"{BROWN_CIRCLE}.png")
+        brown, blue = ["--image", image(BROWN_CIRCLE)], ["--image", image(BLUE_RECTANGLE)]
+        shots = [word for n, text in EXAMPLES.items() for word in ("--shot", f"image={image(n)}", f"text={text}")]
         cases = [
-            ("one picture, its shape", [*brown, "--prompt", "what shape is in the image?"], "circle"),
-            ("one picture, its color", [*brown, "--prompt", QUESTION], "brown"),
-            ("two pictures", [*brown, *blue, "--prompt", QUESTION], "blue"),
-            ("the two exchanged", [*blue, *brown, "--prompt", QUESTION], "brown"),
+            ("one image, shape", [*brown, "--prompt", "what shape is in the image?"], "circle"),
+            ("one image, color", [*brown, "--prompt", QUESTION], "brown"),
+            ("two images", [*brown, *blue, "--prompt", QUESTION], "blue"),
+            ("two images exchanged", [*blue, *brown, "--prompt", QUESTION], "brown"),
             ("ten seconds, brown then blue", ["--video", str(ahead), "--prompt", QUESTION], "blue"),
             ("ten seconds, blue then brown", ["--video", str(back), "--prompt", QUESTION], "brown"),
-            ("three examples", [*shots, "--image", picture(ASKED), "--prompt", QUESTION], "green"),
+            ("three examples", [*shots, "--image", image(ASKED), "--prompt", QUESTION], "green"),
         ]
         wrong = 0
         for name, words, expected in cases:

@@ -1,9 +1,9 @@
-"""Kill `vila quickstart` at twelve moments spread over its phases, and compare with a run that nobody disturbed.
+"""Kill `vila quickstart` at twelve points of its phases and compare the result with an uninterrupted run.
 
     python scripts/kill_quickstart.py --minutes 1 --questions 500
 
-Both runs start from an empty feature cache; the wheels are taken from the user's cache. Exit status 1 when the model's
-hash, the accuracy or any answer differs.
+Both runs start from an empty feature cache; the wheels are taken from the user's cache. Exit status 1 if the hash of
+the model, the accuracy or an answer differs.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ MOMENTS = (
     ("easy_vqa: ", 1.5),
     ("easy_vqa_swapped: ", 1.0),
 )
-"""What the log says, and how many seconds after it the process is killed."""
+"""Log line, and the number of seconds after it until the process is killed."""
 
 
 def main() -> int:
-    """Run undisturbed, run with kills, compare."""
+    """Run without and with kills; compare."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--minutes", default="1")
     options.add_argument("--questions", default="500")
@@ -49,7 +49,7 @@ def main() -> int:
     arguments = ["--minutes", chosen.minutes, "--eval-limit", chosen.questions, "--seed", chosen.seed]
     began = time.monotonic()
     run(chosen.folder / "whole", arguments, None)
-    say(f"undisturbed: {time.monotonic() - began:.0f} s")
+    say(f"uninterrupted: {time.monotonic() - began:.0f} s")
     began = time.monotonic()
     killed = sum(run(chosen.folder / "killed", arguments, moment) for moment in MOMENTS)
     run(chosen.folder / "killed", arguments, None)
@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def run(folder: Path, arguments: list[str], moment: tuple[str, float] | None) -> bool:
-    """One call of the command; killed at the moment when there is one. True when it was killed."""
+    """Run the command once and kill it at `moment`, if given. Return whether it was killed."""
     cache = folder / "cache"
     if not cache.exists():
         shutil.copytree(cache_dir() / "wheels", cache / "wheels", copy_function=os.link)
@@ -87,12 +87,12 @@ def run(folder: Path, arguments: list[str], moment: tuple[str, float] | None) ->
     if process.returncode:
         raise SystemExit("".join(log) + f"exit status {process.returncode}")
     if moment:
-        say(f"never saw {moment[0]!r}")
+        say(f"log line {moment[0]!r} is missing")
     return False
 
 
 def outcome(folder: Path) -> dict[str, object]:
-    """What must not depend on kills."""
+    """Return the results that must not depend on kills."""
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     return {
         "model sha256": sha256_tree(folder / "model", "*.safetensors"),

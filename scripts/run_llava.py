@@ -1,4 +1,4 @@
-"""The original's command: python scripts/run_llava.py --model-path ... --query "..." --image-file a.png."""
+"""Command of the original code: python scripts/run_llava.py --model-path ... --query "..." --image-file a.png."""
 
 import sys
 

@@ -77,7 +77,7 @@ def test_numbers_of_parameters_and_trainable_parameters_are_those_of_the_model(
 @pytest.mark.parametrize(
     "name",
     [
-        "frozen LLM, bf16, recomputed",
+        "frozen LLM, bf16, gradient checkpointing",
         "LLM and projector, accumulated",
         "everything, many images, bf16",
     ],

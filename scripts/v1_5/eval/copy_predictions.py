@@ -1,7 +1,7 @@
-"""The files for the benchmarks' servers: copy_predictions.py NAME, of the run in eval_output/NAME.
+"""Write the files for the benchmark servers: copy_predictions.py NAME, from the run in eval_output/NAME.
 
-They come to playground/data/predictions_upload/NAME, each in its benchmark's folder; what was not run is left out and
-said. `vila submit` does the work.
+They are written to playground/data/predictions_upload/NAME, one directory per benchmark; benchmarks that were not run
+are listed. Calls `vila submit`.
 """
 
 import sys

@@ -1,4 +1,4 @@
-# Sourced by the scripts beside it. `launch RECIPE FIELD=VALUE...` is `vila train` on every GPU that is there.
+# Sourced by the scripts of this directory. `launch RECIPE FIELD=VALUE...` is `vila train` on every available GPU.
 #
 # BATCH_SIZE      samples that a GPU takes at a time; the global batch stays that of the recipe, by accumulation
 # ACC_STEP        times that it does so in a step: the global batch becomes BATCH_SIZE x ACC_STEP x GPUs
@@ -20,7 +20,7 @@ model_of() {
     done
     for folder in "checkpoints/$1" "$1"; do
         [ -f "$folder/mm_projector.bin" ] && [ ! -f "$folder/tokenizer_config.json" ] && {
-            echo "$folder: a projector of the original without its language model; make it whole first:" \
+            echo "$folder: a projector of the original without its language model; convert it first:" \
                 "vila convert $folder $folder/model --layout native --model-base BASE_MODEL" >&2
             return 2
         }
