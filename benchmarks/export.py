@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from tests.export.gguf_stand import llama_tokenizer
+from tests.export.gguf_fixtures import llama_tokenizer
 from vila.core.system import system_info
 from vila.core.vision_spec import VisionSpec
 from vila.export.base import EXPORTS, ExportOptions, resolve_options, write_export

@@ -68,6 +68,11 @@ class HtmlPage(HTMLParser):
         return [_text(one) for one in self.root.iter("figcaption")]
 
     @property
+    def plots(self) -> list[str]:
+        """Titles of the plots."""
+        return [_text(one) for one in self.root.iter("p") if one.get("class") == "plot-title"]
+
+    @property
     def cards(self) -> list[list[str]]:
         """Lines of each gallery card, labels left out."""
         found = (one for one in self.root.iter("li") if one.get("class", "").startswith("card"))

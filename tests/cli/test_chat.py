@@ -101,10 +101,10 @@ def test_turns_and_images_build_up(chat, image, tmp_path):
 
 
 def test_a_clip_is_expanded_once_and_stays_in_the_conversation(chat, tmp_path):
-    clip = tmp_path / "c.gif"
+    video = tmp_path / "c.gif"
     images = [PilImage.new("RGB", (28, 28), (20 * n, 0, 0)) for n in range(12)]
-    images[0].save(clip, save_all=True, append_images=images[1:])
-    shown = chat(f"/video {clip}", "what?", "and?")
+    images[0].save(video, save_all=True, append_images=images[1:])
+    shown = chat(f"/video {video}", "what?", "and?")
     assert counts(shown)["frames"] == 8
     asked = chat.engine.asked[-1]
     assert sum(isinstance(part, Image) for part in asked[0].parts) == 8
@@ -250,10 +250,10 @@ def test_names_are_read_as_typed_or_as_a_shell_would():
 def test_the_command_answers_lines_of_a_pipe(vila, model, image, monkeypatch, tmp_path):
     monkeypatch.setenv("VILA_CACHE", str(tmp_path / "cache"))
     flags = ("--max-new-tokens", 3, "--dtype", "float32")
-    clip = tmp_path / "c.gif"
+    video = tmp_path / "c.gif"
     frames = [PilImage.new("RGB", (28, 28), (20 * n, 0, 0)) for n in range(5)]
-    frames[0].save(clip, save_all=True, append_images=frames[1:])
-    lines = f"/image {image}\nwhat?\ngr\xfcn?\n/video {clip}\n/history\n".encode("latin-1")
+    frames[0].save(video, save_all=True, append_images=frames[1:])
+    lines = f"/image {image}\nwhat?\ngr\xfcn?\n/video {video}\n/history\n".encode("latin-1")
     code, out, err = vila("chat", model, *flags, "--system", "x", "--num-video-frames", 3, stdin=lines)
     assert (code, err) == (0, "")
     _, answer, _ = vila("run", model, "-i", image, "-p", "what?", *flags, "--system", "x")

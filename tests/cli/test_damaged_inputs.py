@@ -138,15 +138,15 @@ COMMANDS = {
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A model, two finished runs and their data, copied for every case."""
-    from tests.eval.mini import mini_data, mini_run
+    from tests.eval.mini_datasets import write_mini_datasets, write_mini_run
     from tests.quant.models import loud
     from vila.model.loading import save_model
 
     folder = tmp_path_factory.mktemp("whole")
-    data = mini_data(folder / "data")
+    data = write_mini_datasets(folder / "data")
     save_model(*loud(layers=1, tower="clip"), folder / "kept" / "model")
     for name in ("run", "other"):
-        mini_run(data, folder / "kept" / name, ("pope", "seed"))
+        write_mini_run(data, folder / "kept" / name, ("pope", "seed"))
     return folder
 
 

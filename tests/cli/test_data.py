@@ -140,7 +140,7 @@ def test_check_names_missing_images_once_and_faults_with_every_sample(vila, tmp_
     assert (facts["errors"], facts["images"], facts["width"]) == (2, 3, [28, 28, 28])
 
 
-def test_check_opens_clips_and_names_those_that_are_not_there(vila, tmp_path):
+def test_check_opens_videos_and_names_missing_ones(vila, tmp_path):
     def row(name):
         parts = [{"type": "video", "path": name}]
         return {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]}
@@ -156,7 +156,7 @@ def test_check_opens_clips_and_names_those_that_are_not_there(vila, tmp_path):
     assert facts["first_missing_files"] == [str(tmp_path / "gone.mp4")]
 
 
-def test_index_says_where_it_is_kept_and_whether_it_was_there(vila, tmp_path, monkeypatch):
+def test_index_reports_its_path_and_whether_it_existed(vila, tmp_path, monkeypatch):
     monkeypatch.setenv("VILA_CACHE", str(tmp_path / "cache"))
     shards = tmp_path / "shards"
     shards.mkdir()
@@ -187,7 +187,7 @@ def test_options_reach_the_format_and_wrong_ones_are_named(vila, vila_error, tmp
     assert (type(error), error.file) == (ConfigError, "starter/1_align")
 
 
-def test_inspect_tells_what_is_learnt_and_writes_one_page(vila, tmp_path):
+def test_inspect_shows_supervised_text_and_writes_one_page(vila, tmp_path):
     recipe = tiny_recipe(write_training_files(tmp_path))
     save_recipe(recipe, tmp_path / "recipe.yaml")
     code, out, err = vila("data", "inspect", tmp_path / "recipe.yaml", "--index", 1, "--html", tmp_path / "o.html")
@@ -271,7 +271,7 @@ def test_without_the_starter_its_making_is_one_of_the_next_commands(vila, tmp_pa
     assert vila(*check)[0] == 0
 
 
-def test_check_of_a_recipe_says_what_the_tower_sees_and_what_rows_cannot_hold(vila, tmp_path):
+def test_check_of_a_recipe_reports_image_sizes_and_overlong_samples(vila, tmp_path):
     stand = write_training_files(tmp_path)
     for number in range(4):
         Image.new("RGB", (1024, 256)).save(stand / f"{number}.png")
@@ -311,7 +311,7 @@ def test_check_saves_images_as_the_tower_sees_them(vila, tmp_path, model):
     assert "--model" in words(vila.error.hint)
 
 
-def test_train_says_what_the_tower_sees_which_samples_are_too_long_and_what_is_not_read(vila, tmp_path):
+def test_train_reports_image_sizes_overlong_samples_and_ignored_fields(vila, tmp_path):
     stand = write_training_files(tmp_path)
     Image.new("RGB", (560, 280)).save(stand / "0.png")
     lines = (stand / "data.jsonl").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""`vila score --judge`: answers about clips in the original's files, judged by replies from a file, or not yet."""
+"""`vila score --judge`: answers about videos in the original's files, judged by replies from a file, or not yet."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 
 @pytest.fixture
-def clips(tmp_path):
+def videos(tmp_path):
     """Data of one set, and the original's chunks of answers: the folders of both."""
     home = tmp_path / "GPT_Zero_Shot_QA" / "MSVD_Zero_Shot_QA"
     home.mkdir(parents=True)
@@ -24,8 +24,8 @@ def clips(tmp_path):
     return tmp_path, tmp_path / "answers"
 
 
-def test_without_a_judge_the_requests_are_written_and_that_is_no_error(vila, clips):
-    data, answers = clips
+def test_without_a_judge_the_requests_are_written_and_that_is_no_error(vila, videos):
+    data, answers = videos
     call = ("score", "videoqa_msvd", "--data", data, "--predictions", answers, "--judge", "none")
     code, text, _ = vila(*call)
     path = data / "videoqa_msvd-requests.jsonl"
@@ -38,8 +38,8 @@ def test_without_a_judge_the_requests_are_written_and_that_is_no_error(vila, cli
     assert str(path) in row["problem"]
 
 
-def test_verdicts_that_the_originals_judge_left_are_scored(vila, clips):
-    data, answers = clips
+def test_verdicts_that_the_originals_judge_left_are_scored(vila, videos):
+    data, answers = videos
     (data / "judged").mkdir()
     for number, verdict in enumerate([{"pred": "yes", "score": 4.8}, {"pred": "no", "score": 2}, {"pred": "Yes"}]):
         (data / "judged" / f"{number}.json").write_text(json.dumps([verdict, {"q": "", "a": "", "pred": ""}]))

@@ -97,12 +97,12 @@ def test_text_that_spells_a_marker_can_be_asked_as_a_message(vila, model, tmp_pa
 
 @pytest.mark.parametrize("frames", [(), ("--num-video-frames", 3)])
 def test_a_clip_becomes_its_frames(vila, model, tmp_path, frames):
-    clip = tmp_path / "c.gif"
+    video = tmp_path / "c.gif"
     images = [PilImage.new("RGB", (28, 28), (20 * n, 0, 0)) for n in range(12)]
-    images[0].save(clip, save_all=True, append_images=images[1:])
+    images[0].save(video, save_all=True, append_images=images[1:])
     turn = {"role": "user", "content": [{"type": "video", "path": "c.gif"}, {"type": "text", "text": "what?"}]}
     (tmp_path / "turn.json").write_text(json.dumps([turn]))
-    for question in (("--video", clip, "-p", "<video>what?"), ("--messages", tmp_path / "turn.json")):
+    for question in (("--video", video, "-p", "<video>what?"), ("--messages", tmp_path / "turn.json")):
         got = asked(vila, model, *question, "--max-new-tokens", 1, *frames)
         assert got["prompt_tokens"] == 4 * (3 if frames else 8) + len("what?")
 

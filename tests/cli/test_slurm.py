@@ -171,10 +171,10 @@ def test_a_finished_run_is_not_submitted(vila, slurm, tmp_path):
 
 @pytest.mark.slow
 def test_two_nodes_make_one_run_with_the_losses_of_one_process(vila, slurm, tmp_path):
-    stand = write_training_files(tmp_path)
-    alone = tiny_recipe(stand, "alone", "budget.tokens=600")
+    folder = write_training_files(tmp_path)
+    alone = tiny_recipe(folder, "alone", "budget.tokens=600")
     build(alone).train()
-    together = tiny_recipe(stand, "together", "budget.tokens=600")
+    together = tiny_recipe(folder, "together", "budget.tokens=600")
     submitted(vila, slurm, together, tmp_path)
     wait_for(lambda: not running(slurm), 120)
     assert is_finished(together), (slurm / "job.log").read_text()

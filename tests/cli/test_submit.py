@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tests.cli.printed import counts, words
-from tests.eval.mini import mini_data, mini_run
+from tests.eval.mini_datasets import write_mini_datasets, write_mini_run
 from vila.core.errors import DataError
 
 
@@ -18,8 +18,10 @@ def left_out_of(text):
 
 @pytest.fixture
 def run(tmp_path):
-    data = mini_data(tmp_path / "eval")
-    mini_run(data, tmp_path / "mine", ("vqav2", "mmbench"), left_out={"vizwiz": "vizwiz: llava_test.jsonl is missing"})
+    data = write_mini_datasets(tmp_path / "eval")
+    write_mini_run(
+        data, tmp_path / "mine", ("vqav2", "mmbench"), left_out={"vizwiz": "vizwiz: llava_test.jsonl is missing"}
+    )
     return tmp_path / "mine"
 
 

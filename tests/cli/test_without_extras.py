@@ -9,7 +9,7 @@ from typer.main import get_command
 
 from tests.cli.test_commands import usages
 from tests.cli.test_compare import written
-from tests.eval.mini import mini_data, mini_run
+from tests.eval.mini_datasets import write_mini_datasets, write_mini_run
 from tests.export.models import write_model
 from tests.extras import ROOT, base_distributions, call_command, hide_extras
 from tests.train.tiny_run import tiny_recipe, write_training_files
@@ -113,8 +113,8 @@ def places(tmp_path_factory):
     save_model(*loud(layers=2, num_attention_heads=2, num_key_value_heads=1), tmp / "loud")
     (tmp / "text.txt").write_text(TEXT)
     (tmp / "table.csv").write_text("image,question,answer\n0.png,what?,this\n")
-    mini = mini_data(tmp / "eval")
-    mini_run(mini, tmp / "mine", ("vqav2", "mmbench"))
+    mini = write_mini_datasets(tmp / "eval")
+    write_mini_run(mini, tmp / "mine", ("vqav2", "mmbench"))
     written(tmp / "a", range(20)), written(tmp / "b", range(30))
     write_model(tmp / "clip")
     return {"tmp": tmp, "clip": tmp / "clip", "model": tmp / "base", "loud": tmp / "loud", "image": tmp / "0.png"}

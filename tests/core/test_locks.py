@@ -98,7 +98,7 @@ def test_without_locks_the_file_is_asked_and_a_note_is_given(tmp_path, monkeypat
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    class Heard:
+    class EventLog:
         def __init__(self):
             self.lines = []
 
@@ -107,7 +107,7 @@ def test_without_locks_the_file_is_asked_and_a_note_is_given(tmp_path, monkeypat
 
     monkeypatch.setattr("fcntl.flock", no_locks)
     (tmp_path / ".lock").write_text(json.dumps(owner))
-    events = Heard()
+    events = EventLog()
     if refused:
         with pytest.raises(DirectoryInUseError) as caught:
             DirectoryLock(tmp_path).acquire(events=events)

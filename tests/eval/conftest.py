@@ -4,7 +4,7 @@ import pytest
 
 from tests import tiny
 from tests.eval.eval_processes import evaluated, left_behind
-from tests.eval.mini import mini_data
+from tests.eval.mini_datasets import write_mini_datasets
 from vila.model.loading import save_model
 
 
@@ -12,7 +12,7 @@ from vila.model.loading import save_model
 def reference_run(tmp_path_factory):
     """Model, miniature data, and the output of an uninterrupted single-process run."""
     home = tmp_path_factory.mktemp("reference")
-    model, data = home / "model", mini_data(home / "data")
+    model, data = home / "model", write_mini_datasets(home / "data")
     save_model(*tiny.vila(), model)
     assert evaluated(model, data, home / "run") == [0]
     return model, data, left_behind(home / "run", data, home / "submitted" / "run")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.eval.mini import TEN
+from tests.eval.mini_datasets import TEN
 from tests.train.ranks import run_ranks
 
 QUESTIONS = 100

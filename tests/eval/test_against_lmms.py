@@ -155,17 +155,17 @@ def test_seed(tmp_path, rng, messy, monkeypatch):
     questions, asked, answers = [], [], []
     for number in range(240):
         kind = number % 12 + 1
-        clip = kind > 9
-        name = f"v{number}" if clip else str(number)
+        video = kind > 9
+        name = f"v{number}" if video else str(number)
         truth = rng.choice(LETTERS)
         row = {"question_id": name, "question_type_id": kind, "answer": truth, "question": f"What is {number}?"}
         choices = {f"choice_{letter.lower()}": f"{letter} {number}" for letter in LETTERS}
-        questions.append({**row, **choices, "data_type": "video" if clip else "image", "data_id": f"d{number // 3}"})
-        asked.append({"question_id": name if clip else number, "image": f"{name}.png", "text": f"What is {number}?"})
+        questions.append({**row, **choices, "data_type": "video" if video else "image", "data_id": f"d{number // 3}"})
+        asked.append({"question_id": name if video else number, "image": f"{name}.png", "text": f"What is {number}?"})
         answer = rng.choice([truth, rng.choice(LETTERS)])
         mess = [answer.lower(), f"{answer}. text", f" {answer}", f"{answer} and B", "", "no", f"({answer})"]
         answers.append(
-            Answer(name if clip else number, rng.choice([answer, *(mess if messy else [])]), f"What is {number}?")
+            Answer(name if video else number, rng.choice([answer, *(mess if messy else [])]), f"What is {number}?")
         )
     write(tmp_path / "seed_bench" / "SEED-Bench.json", {"question_type": kinds, "questions": questions}, lines=False)
     write(tmp_path / "seed_bench" / "llava-seed-bench.jsonl", asked)

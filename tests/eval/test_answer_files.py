@@ -6,7 +6,8 @@ import random
 import pytest
 
 from tests.eval.checks import refused
-from tests.eval.mini import TEN, mini_data, truly
+from tests.eval.mini_datasets import TEN, truly, write_mini_datasets
+from tests.pages import numbers
 from vila.cli.score import score_file
 from vila.core.errors import DataError
 from vila.eval.benchmark import BENCHMARKS
@@ -33,7 +34,7 @@ ODD = (
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return mini_data(tmp_path_factory.mktemp("data"))
+    return write_mini_datasets(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
@@ -67,16 +68,16 @@ def judged(benchmark, path):
 @pytest.mark.parametrize("name", TEN)
 def test_the_order_of_rows_does_not_matter(opened, name, tmp_path):
     benchmark, rows = opened(name)
-    straight = judged(benchmark, written(tmp_path / "a.jsonl", rows))[0]
+    ordered = judged(benchmark, written(tmp_path / "a.jsonl", rows))[0]
     random.Random(0).shuffle(rows)
     mixed = judged(benchmark, written(tmp_path / "b.jsonl", rows))[0]
-    assert mixed == (straight if name not in SCORED else pytest.approx(straight))
+    assert mixed == (ordered if name not in SCORED else pytest.approx(ordered))
 
 
 @pytest.mark.parametrize("name", TEN)
 def test_a_missing_answer_is_named(opened, name, tmp_path):
     benchmark, rows = opened(name)
-    gone = rows.pop(1)
+    missing = rows.pop(1)
     path = written(tmp_path / "a.jsonl", rows)
     if name in ALL_WANTED:
         with pytest.raises(DataError) as caught:
@@ -85,21 +86,21 @@ def test_a_missing_answer_is_named(opened, name, tmp_path):
     else:
         text = judged(benchmark, path)[1]
     if name == "vqav2":  # the server's list is longer than the questions of the run
-        assert "4 left empty" in text and "1 without an answer (1001)" in text
+        assert {4.0, 1.0, 1001.0} <= set(numbers(text))
     else:
-        assert called(gone) in text
+        assert called(missing) in text
 
 
 @pytest.mark.parametrize("name", TEN)
 def test_a_second_answer_is_named_and_never_joins_the_first_in_silence(opened, name, tmp_path):
     benchmark, rows = opened(name)
-    again = {**rows[0], "text": "a second answer"}
-    path = written(tmp_path / "a.jsonl", [*rows, again])
+    duplicate = {**rows[0], "text": "a second answer"}
+    path = written(tmp_path / "a.jsonl", [*rows, duplicate])
     try:
         text = judged(benchmark, path)[1]
     except DataError as error:
         text = str(error)
-    assert called(again) in text
+    assert called(duplicate) in text
 
 
 @pytest.mark.parametrize("name", TEN)

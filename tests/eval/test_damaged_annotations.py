@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.eval.checks import refused
-from tests.eval.mini import mini_data, truly
+from tests.eval.mini_datasets import truly, write_mini_datasets
 from vila.eval.annotations import OPTIONAL, check_fields
 from vila.eval.benchmark import BENCHMARKS
 from vila.eval.predictions import predicted_answers
@@ -19,7 +19,7 @@ SEED = "seed_bench/SEED-Bench.json"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    folder = mini_data(tmp_path_factory.mktemp("eval"))
+    folder = write_mini_datasets(tmp_path_factory.mktemp("eval"))
     humans = [{"answer": "red", "answer_id": number} for number in range(10)]
     row = {"question_id": 1000, "image_id": 1, "question_type": "what", "answer_type": "other", "answers": humans}
     (folder / VQA).write_text(json.dumps({"annotations": [row, {**row, "question_id": 1001}]}))

@@ -9,6 +9,7 @@ import pytest
 
 from tests.eval.chat_server import chat_server, completion
 from tests.eval.checks import refused
+from tests.pages import numbers
 from vila.core.errors import ConfigError, DataError, UnknownNameError
 from vila.eval.judge import (
     JudgeCase,
@@ -179,8 +180,8 @@ def test_equal_ids_are_counted_each():
 
 def test_request_has_the_published_body_and_the_key(tmp_path):
     with chat_server(lambda body, number: "{'pred': 'yes', 'score': 5}") as served:
-        asked = OpenAIJudge(OpenAIClient(served.url, key="sk-secret", retry_policy=QUICK), tmp_path / "cache")
-        (verdict,) = asked.verdicts("video_qa", [RIDE])
+        judge_client = OpenAIJudge(OpenAIClient(served.url, key="sk-secret", retry_policy=QUICK), tmp_path / "cache")
+        (verdict,) = judge_client.verdicts("video_qa", [RIDE])
     assert served.bodies == [VIDEO_QA]
     assert served.paths == ["/v1/chat/completions"]
     assert served.headers[0]["authorization"] == "Bearer sk-secret"
@@ -354,19 +355,19 @@ class Listener:
 
 
 def test_the_cost_is_reported_before_the_start(tmp_path):
-    heard = Listener()
+    events = Listener()
     with chat_server(lambda body, number: "{'pred': 'yes', 'score': 5}") as served:
-        asked = judge(served, tmp_path, events=heard)
-        estimate = asked.estimate("video_qa", [RIDE])
+        judge_client = judge(served, tmp_path, events=events)
+        estimate = judge_client.estimate("video_qa", [RIDE])
         assert not served.bodies
-        asked.verdicts("video_qa", [RIDE])
-        asked.verdicts("video_qa", [RIDE, case(2)])
+        judge_client.verdicts("video_qa", [RIDE])
+        judge_client.verdicts("video_qa", [RIDE, case(2)])
     characters = sum(math.ceil(len(m["content"]) / 4) + 4 for m in VIDEO_QA["messages"])
     assert (estimate.requests, estimate.input_tokens, estimate.output_tokens) == (1, characters, 20)
     assert estimate.dollars == pytest.approx((characters * 0.5 + 20 * 1.5) / 1e6)
-    assert heard.lines[0].startswith("judge gpt-3.5-turbo: 1 requests, ") and f" {characters} input" in heard.lines[0]
-    assert heard.lines[1].startswith("judge gpt-3.5-turbo: 1 requests (1 cached), ")
-    assert (heard.total, heard.done) == (2, 1 + 2)
+    assert "gpt-3.5-turbo" in events.lines[0] and {1, characters} <= set(numbers(events.lines[0]))
+    assert numbers(events.lines[1].partition(":")[2])[:2] == [1, 1]  # requests, and those in the cache
+    assert (events.total, events.done) == (2, 1 + 2)
 
 
 def test_prices():
@@ -376,7 +377,7 @@ def test_prices():
     assert estimate_cost([body], "mine").dollars is None
     own = estimate_cost([body], "mine", {"mine": (7.0, 0.0)})
     assert own.dollars == pytest.approx(7, rel=1e-3)
-    assert own.text.endswith("about $7.00")
+    assert "$7.00" in own.text
 
 
 def test_without_a_judge_the_requests_are_written(tmp_path):

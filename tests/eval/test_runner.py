@@ -9,6 +9,7 @@ import pytest
 from tests.eval.checks import refused
 from tests.eval.fake_models import FakeModel
 from tests.other_process import HOST, PID, locked_elsewhere
+from tests.pages import numbers
 from vila.core.errors import ContextOverflowError, DataError, DirectoryInUseError, MediaError
 from vila.core.system import ProcessInfo
 from vila.core.types import Image, Message
@@ -113,7 +114,7 @@ def test_questions_that_changed_between_a_stop_and_the_next_run_are_refused(tmp_
 def test_one_bad_image_costs_one_answer_and_is_asked_again_by_the_next_run(tmp_path):
     result = run_benchmark(Doubler(fails=[7]), Numbers(), tmp_path)
     assert result.result is None
-    assert "1 answers are missing" in result.problem and "1 questions failed" in result.problem
+    assert numbers(result.problem) == [1, 1]
     assert result.failed == {"q7": "MediaError: image of 7: not an image"}
     assert rows(tmp_path)[7] == {"id": "q7", "error": "MediaError: image of 7: not an image"}
     with pytest.raises(DataError) as caught:

@@ -78,8 +78,8 @@ def test_questions_are_grouped_by_video_and_paired_by_position(root):
         ("13", 13, "forêt", "gone"),
     ]
     folder = root / "GPT_Zero_Shot_QA" / "MSVD_Zero_Shot_QA" / "videos"
-    clips = [item.messages[0].parts[0].source for item in items]
-    assert clips == [folder / "vid1.avi", folder / "vid1.avi", folder / "vid2.mkv", folder / "gone.mp4"]
+    videos = [item.messages[0].parts[0].source for item in items]
+    assert videos == [folder / "vid1.avi", folder / "vid1.avi", folder / "vid2.mkv", folder / "gone.mp4"]
     assert missing_media(Msvd(root).items()) == [str(folder / "gone.mp4")]
 
 

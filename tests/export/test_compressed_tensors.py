@@ -69,7 +69,7 @@ def test_symmetric_files_load_without_dequantize(tmp_path, tower):
 def test_the_readme_of_a_dinov2_model_recommends_symmetric_int4_for_transformers(tmp_path):
     write_model(tmp_path / "m", tower="dinov2")
     export(tmp_path / "m", tmp_path / "out")
-    assert "with `--precision int4-symmetric`" in (tmp_path / "out" / "README.md").read_text()
+    assert "--precision int4-symmetric" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_config_lists_what_is_quantized_and_what_is_not(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.export.gguf_stand import ask_llama
+from tests.export.gguf_fixtures import ask_llama
 from tests.export.readers.gguf_file import F16, Q4_1, Q8_0, read_gguf, rotary_rows
 from vila.core.errors import LayoutError
 from vila.export.base import ExportOptions, write_export

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.export.gguf_stand import MEAN, STD, ask_llama, export, llama_python, llama_tokenizer, seeing
+from tests.export.gguf_fixtures import MEAN, STD, ask_llama, export, llama_python, llama_tokenizer, seeing
 from vila.chat.render import render
 from vila.core.types import Message
 from vila.export.base import ExportOptions, write_export

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from tests import tiny
-from tests.export.gguf_stand import GOLDEN, export, llama_tokenizer
+from tests.export.gguf_fixtures import GOLDEN, export, llama_tokenizer
 from tests.export.readers.gguf_file import read_gguf
 from vila.chat.jinja import chat_template
 from vila.chat.templates import find_template

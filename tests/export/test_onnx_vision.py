@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.export.gguf_stand import export, seeing
+from tests.export.gguf_fixtures import export, seeing
 from vila.export.onnx_vision import OPSET
 from vila.model.modeling import VilaForConditionalGeneration
 

@@ -7,7 +7,7 @@ import torch
 from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig, SiglipVisionConfig
 
 from tests import tiny
-from tests.export.gguf_stand import llama_tokenizer
+from tests.export.gguf_fixtures import llama_tokenizer
 from vila.core.vision_spec import VisionSpec
 from vila.export.base import EXPORTS, ExportOptions, resolve_options
 from vila.export.source import ExportSource

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig
 
 from tests import tiny
-from tests.export.gguf_stand import GOLDEN, seeing
+from tests.export.gguf_fixtures import GOLDEN, seeing
 from tests.export.readers.tinychatengine_folder import q4_0_step, read_floats, read_int4, read_vocabulary
 from vila.core.errors import LayoutError
 from vila.export.base import ExportOptions, write_export

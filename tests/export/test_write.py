@@ -10,6 +10,7 @@ import torch
 
 from tests.export.models import write_model
 from tests.other_process import killed_writer
+from tests.pages import numbers
 from vila.core.errors import ConfigError, LayoutError, UnknownNameError, VilaError
 from vila.core.reading import read_json
 from vila.export.base import EXPORTS, METADATA_FILE, OPTIONS, ExportOptions, write_export
@@ -114,10 +115,8 @@ def test_all_reasons_are_reported_at_once(tmp_path):
     source = open_source(tmp_path / "m")
     with pytest.raises(LayoutError) as refused:
         write_export(source, "compressed-tensors", tmp_path / "out", ExportOptions(tp_size=2))
-    text = str(refused.value)
-    assert "for 3 reasons" in text
-    assert "group size 128 does not divide 80 inputs" in text
-    assert "siglip_vision_model" in text
+    assert {3, 128, 80} <= set(numbers(refused.value.problem))  # reasons, group size, inputs
+    assert all(name in refused.value.problem for name in ("--tp-size", "siglip_vision_model"))
     assert not (tmp_path / "out").exists()
 
 
@@ -159,18 +158,18 @@ def test_the_command_lists_formats_and_writes_an_export(vila, model, tmp_path):
     assert all(name in out for name in EXPORTS)
     code, out, _ = vila("export", model, "--format", "safetensors", "--output", tmp_path / "out")
     assert code == 0
-    assert "how to run it" in out
+    assert str(tmp_path / "out") in out
     assert (tmp_path / "out" / "README.md").is_file()
     code, _, err = vila("export", model, "--format", "safetensors")
-    assert (code, "--output: missing" in err) == (2, True)
+    assert (code, "--output" in err) == (2, True)
     flags = ("--format", "compressed-tensors", "--output", tmp_path / "b")
     code, _, err = vila("export", model, *flags, "--group-size", 128)
     assert code == 1
-    assert "--group-size 32 or 64" in err
+    assert "--group-size" in err and {32, 64} <= set(numbers(err))
     assert not (tmp_path / "b").exists()
     code, _, err = vila("export", model, *flags)
     assert code == 0
-    assert "group size: 64" in err
+    assert 64 in numbers(err)
     config = read_json(tmp_path / "b" / "config.json")["quantization_config"]
     assert config["config_groups"]["group_0"]["weights"]["group_size"] == 64
 

@@ -29,8 +29,8 @@ def test_intermediates_equal_those_of_the_released_code(loaded, layout, name):
     inputs = processor(
         text=case["prompt"], images=images, image_aspect_ratio=case["image_aspect_ratio"], return_tensors="pt"
     )
-    slots = [model.config.image_token_id] * processor.spec.tokens_per_image
-    ids = [token for i in case["input_ids"] for token in (slots if i == -200 else [i])]
+    placeholders = [model.config.image_token_id] * processor.spec.tokens_per_image
+    ids = [token for i in case["input_ids"] for token in (placeholders if i == -200 else [i])]
     assert inputs["input_ids"][0].tolist() == ids
     assert len(ids) == case["spliced_length"]
 

@@ -25,7 +25,7 @@ def loaded():
     return tiny.vila(template="chatml")
 
 
-def slots(processor):
+def placeholders(processor):
     return [processor.image_token_id] * processor.spec.tokens_per_image
 
 
@@ -33,7 +33,7 @@ def test_markers_become_runs_of_placeholders_in_reading_order(loaded):
     model, processor = loaded
     inputs = processor(text="a<image>b<image>", images=[tiny.image(0), tiny.image(1)], return_tensors="pt")
     a, b = (processor.span_tokenizer.encode(letter, False)[0] for letter in "ab")
-    assert inputs["input_ids"].tolist() == [[*a, *slots(processor), *b, *slots(processor)]]
+    assert inputs["input_ids"].tolist() == [[*a, *placeholders(processor), *b, *placeholders(processor)]]
     assert inputs["pixel_values"].shape == (2, 3, 28, 28)
     assert model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
 
@@ -85,7 +85,13 @@ def test_a_video_is_its_frames_each_with_a_newline(loaded):
     for text in ("<video>What?", "<video>\nWhat?"):
         inputs = processor(text=text, videos=[clip])
         what = processor.span_tokenizer.encode("What?", False)[0]
-        assert inputs["input_ids"][0].tolist() == [*slots(processor), *newline, *slots(processor), *newline, *what]
+        assert inputs["input_ids"][0].tolist() == [
+            *placeholders(processor),
+            *newline,
+            *placeholders(processor),
+            *newline,
+            *what,
+        ]
         assert inputs["pixel_values"].shape[0] == 2
     frames = [open_image(Image(frame.source)) for frame in processor.frames(clip)]
     as_list = processor(text="<video>What?", videos=[frames])

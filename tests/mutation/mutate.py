@@ -111,7 +111,7 @@ def _documents(raw: bytes) -> tuple[list[Any], bool] | None:
         return None
 
 
-def _slots(value: Any) -> list[tuple[Any, Any]]:
+def _positions(value: Any) -> list[tuple[Any, Any]]:
     """Every (container, key) inside a JSON value."""
     found: list[tuple[Any, Any]] = []
     stack = [value]
@@ -129,11 +129,11 @@ def _edit(raw: bytes, draw: random.Random, change: Callable[[Any, Any], None]) -
     if read is None:
         return None
     documents, lines = read
-    slots = _slots(documents)
-    if not slots:
+    positions = _positions(documents)
+    if not positions:
         return None
     # Shallow values are as likely as the many deep ones of a tokenizer or an index.
-    container, key = draw.choice(slots[: draw.choice([8, 64, len(slots)])])
+    container, key = draw.choice(positions[: draw.choice([8, 64, len(positions)])])
     change(container, key)
     written = [json.dumps(document) for document in documents]
     return ("\n".join(written) + ("\n" if lines else "")).encode()

@@ -251,12 +251,12 @@ def _score_video_qa(root: Path) -> None:
 
 
 def _write_run(root: Path) -> None:
-    from tests.eval.mini import mini_data, mini_run
+    from tests.eval.mini_datasets import write_mini_datasets, write_mini_run
 
     # Beside the input: only the files of a run are changed, the data have targets of their own.
-    data = mini_data(root.parent / "data")
+    data = write_mini_datasets(root.parent / "data")
     for name in ("first", "second"):
-        mini_run(data, root / name, ("pope", "scienceqa"))
+        write_mini_run(data, root / name, ("pope", "scienceqa"))
 
 
 def _use_run(root: Path) -> None:

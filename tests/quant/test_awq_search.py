@@ -124,10 +124,10 @@ def test_token_weights_are_shares_of_the_mean():
         for used in [{"processor": processor}]
         for weight in (1.0, 3.0, 1e9)
     }
-    length, slots = len(calibration.sequences[0].ids), 4
+    length, num_image_tokens = len(calibration.sequences[0].ids), 4
     total = losses[1.0] * length
-    images = losses[1e9] * slots
-    assert losses[3.0] == pytest.approx((total + 2 * images) / (length + 2 * slots), rel=1e-6)
+    images = losses[1e9] * num_image_tokens
+    assert losses[3.0] == pytest.approx((total + 2 * images) / (length + 2 * num_image_tokens), rel=1e-6)
 
 
 def image_sequences(model, processor):

@@ -106,8 +106,8 @@ def test_a_video_equals_its_frames(ask, engine, tmp_path):
     with fixtures.pages({"/clip.gif": (tmp_path / "clip.gif").read_bytes()}) as web:
         part = {"type": "video_url", "video_url": {"url": f"{web}/clip.gif", "num_frames": 2}}
         answer = ask(user(part, text_part("what happens?")))
-    clip = {"type": "video", "path": str(tmp_path / "clip.gif"), "num_frames": 2}
-    with_frames = parse_messages(user(clip, text_part("what happens?")))
+    video = {"type": "video", "path": str(tmp_path / "clip.gif"), "num_frames": 2}
+    with_frames = parse_messages(user(video, text_part("what happens?")))
     assert text_of(answer) == engine.generate(with_frames, max_new_tokens=8)
     assert answer.usage.prompt_tokens == len(engine.processor.prompt(with_frames).ids)
 

@@ -125,7 +125,7 @@ def add_unknown(constants: Graph, products: Graph) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "named"),
+    ("damage", "named"),
     [
         (leave_over, "onnx::Add_9"),
         (lose_grid, "(1, 1, 64)"),
@@ -134,10 +134,10 @@ def add_unknown(constants: Graph, products: Graph) -> None:
     ],
 )
 def test_a_graph_with_unused_or_missing_weights_is_refused(
-    model: Dinov2Model, tmp_path: Path, harm: Callable[[Graph, Graph], None], named: str
+    model: Dinov2Model, tmp_path: Path, damage: Callable[[Graph, Graph], None], named: str
 ) -> None:
     constants, products = graph_of(model)
-    harm(constants, products)
+    damage(constants, products)
     with pytest.raises(LayoutError) as caught:
         convert_dinov2(write_onnx(tmp_path / "tiny.onnx", constants, products), tmp_path)
     assert named in str(caught.value)

@@ -20,19 +20,19 @@ BOMB = "raise SystemExit('code of the wheel was run')\n"
 
 
 @pytest.fixture
-def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def wheel_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that is the whole world of a real pip."""
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "shelf"))
-    return tmp_path / "shelf"
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    return tmp_path / "wheels"
 
 
 @pytest.fixture
-def wheel(shelf: Path) -> Wheel:
-    return make_wheel(shelf, {"tiny_part/__init__.py": BOMB, "tiny_part/data.txt": "seven"})
+def wheel(wheel_dir: Path) -> Wheel:
+    return make_wheel(wheel_dir, {"tiny_part/__init__.py": BOMB, "tiny_part/data.txt": "seven"})
 
 
 def fake_pip(monkeypatch: pytest.MonkeyPatch, stderr: str = "", brings: Path | None = None) -> list[list[str]]:
@@ -54,39 +54,39 @@ def files_of(cache: Path) -> list[str]:
 
 
 def test_pip_downloads_the_wheel_and_executes_nothing_of_it(
-    wheel: Wheel, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wheel: Wheel, wheel_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "pip.py").write_text(BOMB)
     monkeypatch.chdir(tmp_path)
     listener = Listener()
     path = fetch_wheel(wheel, tmp_path / "cache", listener)
     assert path == tmp_path / "cache" / "wheels" / wheel.filename
-    assert path.read_bytes() == (shelf / wheel.filename).read_bytes()
+    assert path.read_bytes() == (wheel_dir / wheel.filename).read_bytes()
     assert files_of(tmp_path / "cache") == [wheel.filename]
     assert listener.tasks == ["fetch tiny-part 1.0"]
     assert "tiny_part" not in sys.modules
 
 
 def test_cached_wheel_is_used_without_pip(
-    wheel: Wheel, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wheel: Wheel, wheel_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = fake_pip(monkeypatch)
     (tmp_path / "cache").mkdir()
-    shutil.copytree(shelf, tmp_path / "cache" / "wheels")
+    shutil.copytree(wheel_dir, tmp_path / "cache" / "wheels")
     assert fetch_wheel(wheel, tmp_path / "cache").is_file()
     assert not calls
 
 
 def test_a_corrupt_cached_wheel_is_logged_and_downloaded_again(
-    wheel: Wheel, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wheel: Wheel, wheel_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = fake_pip(monkeypatch, brings=shelf / wheel.filename)
+    calls = fake_pip(monkeypatch, brings=wheel_dir / wheel.filename)
     cached = tmp_path / "cache" / "wheels" / wheel.filename
     cached.parent.mkdir(parents=True)
     cached.write_bytes(b"half of it")
     listener = Listener()
     fetch_wheel(wheel, tmp_path / "cache", listener)
-    assert cached.read_bytes() == (shelf / wheel.filename).read_bytes()
+    assert cached.read_bytes() == (wheel_dir / wheel.filename).read_bytes()
     assert len(listener.lines) == 1 and str(cached) in listener.lines[0]
     assert len(calls) == 1
 

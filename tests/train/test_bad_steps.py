@@ -26,7 +26,7 @@ def poison(run, steps, kind="loss", rank=0):
     """Spoil the loss, or the gradient alone, of some steps in one rank."""
     forward = run.trainer.state.loss_module.forward
 
-    def spoilt(*batch, **options):
+    def corrupted(*batch, **options):
         loss, by_data_set = forward(*batch, **options)
         if run.trainer.progress.step + 1 in steps and run.world.process.rank == rank:
             if kind == "loss":
@@ -35,7 +35,7 @@ def poison(run, steps, kind="loss", rank=0):
                 loss.register_hook(lambda gradient: gradient * math.inf)
         return loss, by_data_set
 
-    run.trainer.state.loss_module.forward = spoilt
+    run.trainer.state.loss_module.forward = corrupted
 
 
 def state_of(run):
@@ -88,7 +88,7 @@ def test_a_resumed_run_keeps_count_of_the_steps_that_it_skipped(training_files):
 
 
 def poisoned_rank(folder, out, steps):
-    """Train with a second rank whose loss is spoilt; the error's location, the progress, and a weight."""
+    """Train with a second rank whose loss is corrupted; the error's location, the progress, and a weight."""
     run = build(tiny_recipe(folder, out, *BUDGET))
     poison(run, steps, rank=1)
     location = None

@@ -57,7 +57,7 @@ def test_a_run_resumes_with_a_larger_budget_of_bad_samples_after_it_was_exceeded
     options = ("budget.tokens=1500", "output.checkpoint_every_steps=1")
     with pytest.raises(MediaError) as caught:
         build(tiny_recipe(training_files, "faults", *options)).train()
-    assert "4.png" in str(caught.value)
+    assert caught.value.file == str(training_files / "4.png")
     # Three epochs and a stop in the second one: 4.png is one sample.
     options = ("budget.tokens=0", "budget.epochs=3", "output.checkpoint_every_steps=1", "data.max_faults=1")
     recipe = tiny_recipe(training_files, "faults", *options)
@@ -65,7 +65,7 @@ def test_a_run_resumes_with_a_larger_budget_of_bad_samples_after_it_was_exceeded
         build(recipe, callbacks=[stop_after(5)]).train()
     build(recipe).train()
     (line,) = (json.loads(line) for line in (recipe.output.dir / "faults.jsonl").read_text().splitlines())
-    assert "4.png" in line["reason"] and "not an image" in line["reason"]
+    assert str(training_files / "4.png") in line["reason"]
     assert (line["file"], line["record"]) == (str(training_files / "data.jsonl"), 4)
     assert sum(row["faults"] for row in read_metrics(recipe.output.dir / "metrics.jsonl")) == 1
 

@@ -153,7 +153,7 @@ def test_an_unexpected_error_of_the_writing_thread_is_raised(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         checkpoints.wait()
     assert caught.value.file == str(tmp_path / "step-00000001")
-    assert "JSON" in caught.value.problem
+    assert "JSON" in caught.value.problem  # the reason of the TypeError
     assert names(tmp_path) == []
 
 
@@ -162,7 +162,7 @@ def cut(file):
 
 
 @pytest.mark.parametrize(
-    ("file", "spoil", "field"),
+    ("file", "damage", "field"),
     [
         (".metadata", cut, "bytes"),
         (".metadata", Path.unlink, None),
@@ -176,9 +176,9 @@ def cut(file):
         ("manifest.json", lambda file: file.write_text(file.read_text() + "\n"), None),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_with_the_file(training_files, tmp_path, begun, file, spoil, field):
+def test_a_damaged_checkpoint_is_refused_with_the_file(training_files, tmp_path, begun, file, damage, field):
     path = tmp_path / "begun" / "checkpoint" / "step-00000001" / file
-    spoil(path)
+    damage(path)
     with pytest.raises(CheckpointError) as caught:
         build(tiny_recipe(training_files, "", *begun))
     assert (caught.value.file, caught.value.field) == (str(path), field)
@@ -234,7 +234,7 @@ def test_values_out_of_range_are_refused_with_the_field(stopped, tmp_path, chang
     assert (caught.value.file, caught.value.field) == (str(folder / "state.json"), field)
 
 
-class Heard:
+class EventLog:
     """Events that record their lines."""
 
     def __init__(self):
@@ -271,7 +271,7 @@ def test_any_bit_that_flips_in_the_newest_checkpoint_makes_the_one_before_it_be_
         flipped = bytearray(sound)
         flipped[place // 8] ^= 1 << place % 8
         path.write_bytes(flipped)
-        events = Heard()
+        events = EventLog()
         assert load_weight(two, events) == 1
         (line,) = events.lines
         # A digest that flips in the manifest shows at the file that it is of.
@@ -316,7 +316,7 @@ def test_a_checkpoint_after_the_damaged_one_was_set_aside_is_kept(two):
 def refused_on_two_ranks(folder):
     """What each rank finds in a directory of checkpoints."""
     world = open_world()
-    events = Heard()
+    events = EventLog()
     try:
         checkpoint = load_checkpoint(folder, world, events)
     except CheckpointError as error:

@@ -98,11 +98,11 @@ def test_gradients_equal_a_plain_reference(training_files, sharding):
     assert any(one.startswith("text") for one in ids)
     reference, plain = plain_gradients(training_files, ids)
     assert loss == pytest.approx(reference, rel=1e-6)
-    learnt = {name for name, value in plain.items() if value is not None}
-    assert learnt <= ours.keys()
-    assert not any(value.any() for name, value in ours.items() if name not in learnt)
+    trained = {name for name, value in plain.items() if value is not None}
+    assert trained <= ours.keys()
+    assert not any(value.any() for name, value in ours.items() if name not in trained)
     largest = max(float(value.abs().max()) for value in plain.values() if value is not None)
-    for name in learnt:
+    for name in trained:
         apart = float((torch.from_numpy(ours[name]) - plain[name]).abs().max())
         # Worst: 1.6e-6 of a parameter's largest gradient, fp32, torch 2.13; those of key biases are rounding noise.
         assert apart < 1e-5 * max(float(plain[name].abs().max()), 1e-3 * largest), name

@@ -30,9 +30,9 @@ def test_pairs_are_those_of_the_samples(training_files):
         )
     )
     seen = []
-    lanes = run.trainer.data.streams
-    step = lanes.step
-    lanes.step = lambda: seen.append(step()) or seen[-1]
+    streams = run.trainer.data.streams
+    step = streams.step
+    streams.step = lambda: seen.append(step()) or seen[-1]
     run.train()
     text = [len(row[0]) for rows in seen for row in rows if row[0].id.startswith("text")]
     assert text

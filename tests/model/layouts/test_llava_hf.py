@@ -133,8 +133,8 @@ def test_stock_transformers_loads_written_directories(tmp_path):
     for (model, processor), line in zip(loaded.values(), done.stdout.splitlines(), strict=True):
         theirs = json.loads(line)
         inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
-        slots = model.config.image_token_id
-        assert theirs["ids"] == [1200 if token == slots else token for token in inputs["input_ids"][0].tolist()]
+        image_id = model.config.image_token_id
+        assert theirs["ids"] == [1200 if token == image_id else token for token in inputs["input_ids"][0].tolist()]
         with torch.inference_mode():
             logits = model(**inputs).logits[0, -1]
             out = model.generate(**inputs, max_new_tokens=12, do_sample=False)

@@ -31,14 +31,14 @@ IMAGES = [image(0, (40, 30)), image(1, (25, 60))]
 
 def ids_for_reference(inputs, model, processor):
     """Our expanded ids in the released code's form: -200 once per image."""
-    out, slots = [], 0
+    out, num_placeholders = [], 0
     for token in inputs["input_ids"][0].tolist():
         if token != model.config.image_token_id:
             out.append(token)
             continue
-        if slots % processor.spec.tokens_per_image == 0:
+        if num_placeholders % processor.spec.tokens_per_image == 0:
             out.append(-200)
-        slots += 1
+        num_placeholders += 1
     return out
 
 

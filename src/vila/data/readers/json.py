@@ -155,7 +155,13 @@ class _ListScan:
     def _close(self, plain: bytes, rest: bytes, end: int, offset: int) -> None:
         self._closed = True
         if plain[end : end + 1] != b"]":
-            raise DataError(f"the JSON list is closed by '}}' at byte {offset + end}", file=self.path, hint=_AGAIN)
+            raise DataError(
+                f"wrong bracket at the end of the JSON list, at byte {offset + end}",
+                file=self.path,
+                value="}",
+                expected="]",
+                hint=_AGAIN,
+            )
         self._check_nothing_follows(plain[end + 1 :] + rest, offset + end + 1)
 
     def _check_gaps(self, plain: bytes, starts: np.ndarray, ends: np.ndarray, end: int, offset: int) -> None:
@@ -171,10 +177,11 @@ class _ListScan:
         if len(odd):
             record = self._records + int(np.searchsorted(ends, odd[0], side="right"))
             raise DataError(
-                f"element {record} is not an object (byte {offset + int(odd[0])})",
+                f"is not an object (byte {offset + int(odd[0])})",
                 file=self.path,
+                record=record,
                 value=plain[int(odd[0]) :][:40].decode(errors="replace"),
-                expected="a list of objects ([{...}, {...}])",
+                expected="an object ({...})",
             )
 
     def _check_nothing_follows(self, content: bytes, offset: int) -> None:

@@ -60,7 +60,7 @@ def row_group_sizes(path: Path) -> list[int]:
             for column in group[_COLUMNS]:
                 last = _end_of(column)
                 if last is None or not len(_MAGIC) <= last <= footer:
-                    raise _damaged(path, f"a column of row group {number} is outside of the file")
+                    raise _damaged(path, "a column is outside of the file", record=f"row group {number}")
                 end = max(end, last)
         # Bytes that belong to no column are those of the writer, or of files before the last one, whose columns have
         # offsets from its own start.
@@ -88,8 +88,8 @@ def _end_of(column: dict[int, Any]) -> int | None:
     return int(max(begin + size for begin, size in spans))
 
 
-def _damaged(path: Path, problem: str) -> DataError:
-    return DataError(f"the parquet file is damaged: {problem}", file=path, hint=_HINT)
+def _damaged(path: Path, problem: str, record: str | None = None) -> DataError:
+    return DataError(f"the parquet file is damaged: {problem}", file=path, record=record, hint=_HINT)
 
 
 class _Compact:

@@ -186,7 +186,13 @@ def safe_path(record: Record, root: Path, name: object, field: str) -> Path:
     path = root / name
     real, base = os.path.realpath(path), os.path.realpath(root)
     if os.path.commonpath([real, base]) != base:
-        raise record.error(f"leaves the image root {root}", field=field, value=name, hint="move the file or the root")
+        raise record.error(
+            "leaves the image root",
+            field=field,
+            value=name,
+            expected=f"a path in {root}",
+            hint="move the file or the root",
+        )
     return path
 
 

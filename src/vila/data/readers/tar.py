@@ -174,7 +174,7 @@ class _Headers:
     def __init__(self, path: Path, read: Read, begin: int, end: int, *, marked: bool = True) -> None:
         """begin, end: range in bytes. marked: whether an end-of-archive mark is required."""
         self.path, self._read, self._offset, self._end, self._marked = path, read, begin, end, marked
-        self._last = "the beginning"
+        self._last: str | None = None
 
     def files(self) -> Iterator[TarFileMember]:
         """Yield the regular files."""
@@ -253,8 +253,12 @@ class _Headers:
         if size is None or size < 0:
             raise self._cut(f"{what} has no valid size ({size})")
         if content + size > self._end:
-            problem = f"the shard is cut or damaged inside {what} (byte {self._end}: no end-of-archive mark)"
-            raise DataError(problem, file=self.path, hint=_AGAIN)
+            raise DataError(
+                f"is cut or damaged: the shard ends at byte {self._end} without an end-of-archive mark",
+                file=self.path,
+                record=what,
+                hint=_AGAIN,
+            )
         return size
 
     def _skip_end_mark(self) -> bool:
@@ -281,8 +285,13 @@ class _Headers:
         return DataError(problem, file=self.path, record=record, expected="a plain file", hint=_WRITE_AGAIN)
 
     def _cut(self, reason: str) -> DataError:
-        problem = f"the shard is cut or damaged after {self._last} (byte {self._offset}: {reason})"
-        return DataError(problem, file=self.path, hint=_AGAIN)
+        position = "after this member" if self._last else "at its beginning"
+        return DataError(
+            f"the shard is cut or damaged {position} (byte {self._offset}: {reason})",
+            file=self.path,
+            record=self._last,
+            hint=_AGAIN,
+        )
 
 
 def _padded(size: int) -> int:

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from scripts.make_eval_data import LAYOUTS
-from tests.eval.mini import TEN, mini_data, truly
+from tests.eval.mini_datasets import TEN, truly, write_mini_datasets
 from vila.eval.benchmark import BENCHMARKS, missing_media
 from vila.eval.predictions import predicted_answers
 from vila.eval.significance import score_interval
@@ -13,7 +13,7 @@ from vila.eval.significance import score_interval
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return mini_data(tmp_path_factory.mktemp("data"))
+    return write_mini_datasets(tmp_path_factory.mktemp("data"))
 
 
 def hashes(folder):
@@ -22,7 +22,7 @@ def hashes(folder):
 
 
 def test_the_same_bytes_every_time(data, tmp_path):
-    assert hashes(mini_data(tmp_path)) == hashes(data)
+    assert hashes(write_mini_datasets(tmp_path)) == hashes(data)
 
 
 def test_published_file_names(data):

@@ -14,7 +14,7 @@ TEN = tuple(LAYOUTS)
 """The published benchmarks in the order of their table."""
 
 
-def mini_data(folder: Path) -> Path:
+def write_mini_datasets(folder: Path) -> Path:
     """A fresh `playground/data/eval` with all ten layouts; 100 questions, a second to write."""
     make_eval_data(folder)
     return folder
@@ -43,7 +43,7 @@ class Answers(FakeModel):
         return [text for text, _ in found]
 
 
-def mini_run(
+def write_mini_run(
     data: Path,
     out: Path,
     names: tuple[str, ...] = TEN,
