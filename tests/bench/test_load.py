@@ -36,7 +36,7 @@ ODD = ("{", "[" * 5000, "1" * 5000, "[]", "{}", '{"choices": 3}', '{"choices": [
 
 
 class Known:
-    """Streams WORDS words, PAUSE apart; refuses, breaks off or fails where the question says so."""
+    """Server that streams WORDS words with pauses of PAUSE; rejects, aborts or fails if the question asks for it."""
 
     def __init__(self):
         self.app = FastAPI()

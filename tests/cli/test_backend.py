@@ -25,7 +25,7 @@ def answer(vila, *arguments):
     return json.loads(out), err
 
 
-def test_both_backends_give_one_answer_and_say_who_they_are(vila, wide, image):
+def test_both_backends_give_one_answer_and_log_their_name(vila, wide, image):
     by_torch, said = answer(vila, wide, "-i", image, "-p", "what?", "--backend", "torch")
     assert words(said) >= {"torch", "cpu", "float32"}
     by_onnx, said = answer(vila, wide, "-i", image, "-p", "what?", "--backend", "onnx", "--lm-head-bits", 32)

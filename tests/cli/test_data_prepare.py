@@ -1,4 +1,4 @@
-"""`vila data prepare`: every command on little releases, stopped and gone on with, and its flags against its step."""
+"""`vila data prepare`: every command on small releases, interrupted and resumed, and its flags."""
 
 import inspect
 import io

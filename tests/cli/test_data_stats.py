@@ -49,7 +49,7 @@ def test_with_a_model_tokens_are_counted_and_shares_add_up(vila, tmp_path):
     assert twice["tokens"] == pytest.approx(4 * half["tokens"], abs=4)
 
 
-def test_the_licence_of_a_known_data_set_is_told_with_what_it_forbids(vila, tmp_path):
+def test_the_licence_of_a_known_data_set_is_printed_with_its_restrictions(vila, tmp_path):
     code, out, err = vila("data", "stats", write_rows(tmp_path / "sharegpt4v" / "mix_738k.jsonl", [0]))
     assert code == 0, err
     facts = json.loads(vila("data", "stats", tmp_path / "sharegpt4v" / "mix_738k.jsonl", "--json")[1])
@@ -74,7 +74,7 @@ def test_data_sets_are_known_by_whole_words_of_their_path(path, names):
     assert [one.name for one in licences_of(Path(path))] == names
 
 
-def test_a_prepared_folder_is_known_by_its_index_and_m3it_brings_its_sets(tmp_path):
+def test_a_prepared_directory_is_recognised_by_its_index_and_m3it_lists_its_sets(tmp_path):
     (tmp_path / "questions").mkdir()
     (tmp_path / "questions" / "index.json").write_text('{"name": "m3it"}')
     names = [one.name for one in licences_of(tmp_path / "questions")]

@@ -26,7 +26,7 @@ def easy(tmp_path):
     return tmp_path / "easy"
 
 
-def test_numbers_of_examples_are_asked_in_turn_with_true_and_with_wrong_answers(vila, model, easy, tmp_path):
+def test_each_number_of_examples_is_run_with_true_and_with_wrong_answers(vila, model, easy, tmp_path):
     out = tmp_path / "run"
     code, text, _ = vila("eval", model, "--data", easy, "--num-fewshot", "0,1,2", "--output", out, "--json")
     assert code == 0

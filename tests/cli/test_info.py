@@ -113,7 +113,7 @@ def test_a_pipe_gets_plain_lines_and_a_terminal_tables_of_80_columns(vila, model
         assert word in plain
 
 
-def test_an_unknown_template_says_how_to_name_it(vila, tmp_path):
+def test_an_unknown_template_has_a_hint_with_the_option(vila, tmp_path):
     save_model(*tiny.vila(template=""), tmp_path / "bare")
     assert "--template" in words(vila("info", tmp_path / "bare")[1])
     assert told(vila, tmp_path / "bare", "--template", "chatml")["template"] == "chatml"
@@ -158,7 +158,7 @@ def test_sizes_are_short(size, text):
 
 
 @pytest.mark.parametrize(("layout", "packing"), [("awq-hf", "gemm"), ("tinychat", "tinychat")])
-def test_weights_in_4_bits_are_told(vila, tmp_path, layout, packing):
+def test_weights_in_4_bits_are_reported(vila, tmp_path, layout, packing):
     model, processor = tiny.vila(tower="clip", hidden_size=64, intermediate_size=128)
     numbers = sum(p.numel() for p in model.parameters())
     linears = quantize_model(model, None, 32)

@@ -27,7 +27,7 @@ def program(folder, name, text):
 
 @pytest.fixture
 def call(tmp_path):
-    """Calls a script in an empty directory with stand-ins that print their arguments: exit status, lines, errors."""
+    """Call a script in an empty directory with fake commands that print their arguments; return exit status, lines, errors."""
     bin_folder = tmp_path / "bin"
     for name in ("vila", "torchrun"):
         program(bin_folder, name, PRINT)
@@ -98,7 +98,7 @@ ON_SLURM = {"SLURM_JOB_NUM_NODES": "16", "SLURM_PROCID": "3", "SLURM_JOB_NODELIS
         (ON_SLURM, [16, 3, 8, "n1", 7]),
     ],
 )
-def test_slurm_and_the_gpus_that_are_there_say_how_many_processes_run(call, variables, expected):
+def test_slurm_and_the_available_gpus_determine_the_number_of_processes(call, variables, expected):
     program(call.bin, "nvidia-smi", '#!/bin/bash\nfor i in $(seq 8); do echo "GPU $i: x"; done\n')
     code, lines, _ = call("1_mm_align.sh", "b", "o", **variables)
     names = ("nnodes", "node-rank", "nproc-per-node", "master-addr", "master-port")
@@ -122,7 +122,7 @@ def test_dry_run_asks_vila_alone(call):
         ("2_pretrain_mmc4_coyo.sh", (".", "b", "old", "pre"), "vila convert checkpoints/old checkpoints/old/model"),
     ],
 )
-def test_what_is_missing_is_said_and_nothing_runs(call, name, arguments, message):
+def test_missing_files_are_reported_and_nothing_runs(call, name, arguments, message):
     finished(call.work / "checkpoints" / "align", llm="some/base")
     (call.work / "checkpoints" / "old").mkdir()
     for file in ("mm_projector.bin", "config.json"):

@@ -91,7 +91,7 @@ def test_a_log_has_lines_with_facts_and_the_time_left(monkeypatch):
         (OSError(), "failed after"),
     ],
 )
-def test_the_last_line_of_a_log_says_how_the_work_ended(error, outcome):
+def test_the_last_line_of_a_log_has_the_outcome(error, outcome):
     out = io.StringIO()
     with suppress(Interrupted, KeyboardInterrupt, OSError), task(Screen(Console(width=80, file=out)), "training"):
         if error:

@@ -96,7 +96,7 @@ def test_text_that_spells_a_marker_can_be_asked_as_a_message(vila, model, tmp_pa
 
 
 @pytest.mark.parametrize("frames", [(), ("--num-video-frames", 3)])
-def test_a_clip_becomes_its_frames(vila, model, tmp_path, frames):
+def test_a_video_becomes_its_frames(vila, model, tmp_path, frames):
     video = tmp_path / "c.gif"
     images = [PilImage.new("RGB", (28, 28), (20 * n, 0, 0)) for n in range(12)]
     images[0].save(video, save_all=True, append_images=images[1:])

@@ -187,7 +187,7 @@ def test_two_nodes_make_one_run_with_the_losses_of_one_process(vila, slurm, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "requeued"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
-def test_a_job_that_is_told_to_stop_saves_and_goes_on_when_it_runs_again(vila, slurm, tmp_path, number, requeued):
+def test_a_job_with_a_stop_signal_saves_and_resumes(vila, slurm, tmp_path, number, requeued):
     recipe = tiny_recipe(write_training_files(tmp_path), "out", "budget.tokens=40_000")
     submitted(vila, slurm, recipe, tmp_path)
     metrics = recipe.output.dir / "metrics.jsonl"

@@ -25,7 +25,7 @@ def run(tmp_path):
     return tmp_path / "mine"
 
 
-def test_what_was_not_run_is_said_and_the_rest_is_written(vila, run, tmp_path):
+def test_benchmarks_that_were_not_run_are_reported_and_the_rest_is_written(vila, run, tmp_path):
     code, text, _ = vila("submit", run, "--output", tmp_path / "up")
     assert code == 0
     assert {path.parent.name for path in (tmp_path / "up").glob("*/mine-*")} == {"vqav2", "mmbench"}
@@ -44,7 +44,7 @@ def test_nothing_is_written_for_benchmarks_that_did_not_finish(vila, run, tmp_pa
     assert left_out["vqav2"] != left_out["seed"]
 
 
-def test_lines_that_cannot_be_read_are_told_or_refused_as_by_the_originals_converters(vila, run, tmp_path):
+def test_unreadable_lines_are_reported_or_errors_as_in_the_original_converters(vila, run, tmp_path):
     for name in ("vqav2", "mmbench"):
         path = run / name / "predictions.jsonl"
         path.write_text(path.read_text() + '{"id": "x", "error": "MediaError: no image"}\n{"question_id": 1, "te')

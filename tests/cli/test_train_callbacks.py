@@ -100,7 +100,7 @@ def test_evaluations_are_scored_and_the_best_is_named(whole):
 
 
 @pytest.mark.parametrize("options", [(), ("compute.gradient_checkpointing=true", "compute.dtype=bfloat16")])
-def test_training_does_not_notice_that_it_is_watched(training_files, options):
+def test_callbacks_do_not_change_training(training_files, options):
     folders = {}
     for watch in (True, False):
         recipe = watched(training_files, f"noticed-{watch}-{len(options)}", *options)
@@ -134,7 +134,7 @@ def test_modes_and_random_numbers_are_as_before(training_files):
     assert {name: module.training for name, module in trainer.state.model.named_modules()} == modes
 
 
-def test_a_run_that_goes_on_repeats_no_line(training_files, whole):
+def test_a_resumed_run_repeats_no_line(training_files, whole):
     recipe = watched(training_files, "resumed")
 
     def stop(trainer, facts):
@@ -211,7 +211,7 @@ def ranks_train_both(training_files):
     return ranks_train(training_files, True), ranks_train(training_files, False)
 
 
-def test_dealt_weights_answer_like_whole_ones_and_do_not_notice(training_files, whole):
+def test_sharded_weights_answer_like_full_ones(training_files, whole):
     results = run_ranks(2, ranks_train_both, training_files)
     assert len({digest for pair in results for digest in pair}) == 1
     ranks = training_files / "ranks-True"

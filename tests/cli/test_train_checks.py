@@ -1,4 +1,4 @@
-"""`vila train` and its `--dry-run` say what is wrong before weights are read."""
+"""`vila train` and its `--dry-run` report errors before weights are read."""
 
 import re
 
@@ -67,7 +67,7 @@ def test_monitor_settings_are_checked_before_weights_are_read(
     assert all(str(value) in err for value in fields.values())
 
 
-def test_a_dry_run_of_a_sound_recipe_has_nothing_to_say(vila, training_folder):
+def test_a_dry_run_of_a_valid_recipe_logs_nothing(vila, training_folder):
     path = training_folder / "whole.yaml"
     save_recipe(tiny_recipe(training_folder, "whole"), path)
     code, _, err = vila("train", path, "--dry-run")

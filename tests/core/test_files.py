@@ -63,7 +63,7 @@ def test_a_directory_is_replaced_whole(tmp_path):
     assert names(tmp_path / "d") == ["two"]
 
 
-def test_the_next_writer_removes_what_a_killed_one_left(tmp_path):
+def test_the_next_writer_removes_remains_of_a_killed_one(tmp_path):
     killed_writer(tmp_path / "d")
     with atomic_path(tmp_path / "d") as part:
         part.mkdir()
@@ -94,7 +94,7 @@ def test_a_live_writer_is_left_alone_by_a_second_one_and_by_cleaning(tmp_path):
     assert names(tmp_path) == ["a"]
 
 
-def test_what_an_earlier_version_left_without_a_lock_is_put_back_after_an_hour(tmp_path):
+def test_remains_of_an_earlier_version_without_a_lock_are_restored_after_an_hour(tmp_path):
     holder = tmp_path / ".d.x1y2z3.partial"
     (holder / "replaced").mkdir(parents=True)
     (holder / "replaced" / "old").write_text("old")
@@ -107,7 +107,7 @@ def test_what_an_earlier_version_left_without_a_lock_is_put_back_after_an_hour(t
 
 
 @pytest.mark.parametrize("left", [(), ("writer.lock",)], ids=["empty", "lock without owner"])
-def test_what_a_writer_left_that_was_killed_as_it_began_or_ended_is_removed_at_once(tmp_path, left):
+def test_remains_of_a_writer_killed_at_start_or_end_are_removed_at_once(tmp_path, left):
     holder = tmp_path / ".d.partial"
     holder.mkdir()
     for name in left:
@@ -241,7 +241,7 @@ def test_a_file_or_directory_that_exists_may_be_replaced(tmp_path):
     assert names(tmp_path) == ["file", "folder"]
 
 
-def test_too_little_space_is_said_before_work_begins(tmp_path):
+def test_too_little_disk_space_is_an_error_before_the_start(tmp_path):
     check_writable(tmp_path / "new", num_bytes=1)
     with pytest.raises(ConfigError):
         check_writable(tmp_path / "new", num_bytes=2**60)

@@ -32,7 +32,7 @@ def test_a_package_that_is_in_no_extra_is_installed_by_its_own_name(monkeypatch)
     assert (raised.value.extra, raised.value.hint) == ("", "pip install wandb")
 
 
-def test_a_package_that_is_broken_says_why(tmp_path, monkeypatch):
+def test_a_broken_package_is_an_error_with_the_reason(tmp_path, monkeypatch):
     (tmp_path / "half_package.py").write_text("raise ImportError('libfoo.so.1:\\n not found')")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(MissingExtraError) as raised:

@@ -27,7 +27,7 @@ def test_a_library_exception_becomes_an_error_with_the_file(tmp_path):
     assert isinstance(error.__cause__, KeyError)
 
 
-def test_an_error_of_ours_passes_the_boundary_unchanged(tmp_path):
+def test_a_vila_error_passes_the_boundary_unchanged(tmp_path):
     ours = ConfigError("x")
     with pytest.raises(ConfigError) as caught, file_errors(tmp_path / "a", LayoutError):
         raise ours

@@ -30,7 +30,7 @@ def test_plain_values_come_back(protocol):
     assert load(pickle.dumps([PLAIN] * 2, protocol), names) == [PLAIN] * 2
 
 
-def test_a_listed_name_stands_for_the_given_object():
+def test_a_listed_name_refers_to_the_given_object():
     assert load(pickle.dumps(OrderedDict(a=1)), {("collections", "OrderedDict"): dict}) == {"a": 1}
 
 
@@ -69,7 +69,7 @@ def test_the_number_of_objects_is_bounded(monkeypatch, content):
         load(content + b".")
 
 
-def test_marks_without_end_are_refused():
+def test_unclosed_markers_are_errors():
     with pytest.raises(ForbiddenPickleError):
         load(b"(" * 20_000 + b".")
 

@@ -17,7 +17,7 @@ def talk(*content):
 
 
 def second(record, folder):
-    """The sample of `record`, which is row 2 of its file."""
+    """Return the sample of `record`, the third of its file."""
     return FORMATS["messages"].open(write_lines(folder / "d.jsonl", [GOOD, record]), folder)[1]
 
 

@@ -48,7 +48,7 @@ def test_images_go_immediately_before_their_sentences(sentences, images, expecte
 
 
 def _original(sentences, images):
-    """The original's text for a document: markers are joined in and the spaces beside them replaced away."""
+    """Text of the original code for a document: markers are inserted and spaces next to them removed."""
     words = [
         "".join("<image>" for place, _ in images if place == number) + sentence.replace("<image>", "<IMAGE>")
         for number, sentence in enumerate(sentences)

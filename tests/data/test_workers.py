@@ -189,7 +189,7 @@ def test_a_killed_worker_is_an_error_with_signal_and_sample(file, start):
     assert caught.value.record.startswith("data set 'data', sample ") and "compute.workers" in caught.value.hint
 
 
-def test_a_killed_worker_is_noticed_within_the_prefetched_sequences(file, start):
+def test_a_killed_worker_is_an_error_within_the_prefetched_sequences(file, start):
     streams = start(reader_of(file), prefetch=2)
     streams.step()
     streams._workers[1]._process.kill()

@@ -10,7 +10,7 @@ from vila.model.loading import save_model
 
 @pytest.fixture(scope="session")
 def reference_run(tmp_path_factory):
-    """Model, miniature data, and the output of an uninterrupted single-process run."""
+    """Model, mini datasets, and the output of an uninterrupted single-process run."""
     home = tmp_path_factory.mktemp("reference")
     model, data = home / "model", write_mini_datasets(home / "data")
     save_model(*tiny.vila(), model)

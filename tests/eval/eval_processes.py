@@ -1,4 +1,4 @@
-"""Run `vila eval` on the ten miniature benchmarks in separate processes, which may be killed, and read its output."""
+"""Run `vila eval` on the ten mini datasets in separate processes, which may be killed, and read its output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SERVERS = ("vqav2", "vizwiz", "mmbench", "mmbench_cn", "seed")
 
 @dataclass(frozen=True)
 class Death:
-    """When a process kills itself, as `kill -9` would.
+    """Point at which a process kills itself with SIGKILL.
 
     groups:     after so many groups of answers are on the disk, over all benchmarks; 0: never for this reason.
     torn:       with half a line of the next group behind them.
@@ -121,7 +121,7 @@ def _untimed(markdown: str, folder: str) -> str:
 
 
 def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Equal in every file; says which ones are not."""
+    """Assert that all files are equal, naming those that are not."""
     assert sorted(ours) == sorted(theirs)
     different = [name for name in ours if ours[name] != theirs[name]]
     assert not different, {name: (ours[name], theirs[name]) for name in different}

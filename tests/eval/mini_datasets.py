@@ -1,4 +1,4 @@
-"""Runs over a miniature `playground/data/eval` with a fake model."""
+"""Runs on the mini datasets of `scripts/make_eval_data.py` with a fake model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ TEN = tuple(LAYOUTS)
 
 
 def write_mini_datasets(folder: Path) -> Path:
-    """A fresh `playground/data/eval` with all ten layouts; 100 questions, a second to write."""
+    """Write a `playground/data/eval` with all ten layouts and 100 questions; takes a second."""
     make_eval_data(folder)
     return folder
 

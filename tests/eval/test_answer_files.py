@@ -52,7 +52,7 @@ def written(path, rows):
 
 
 def called(row):
-    """How a message names a row's question: by its id, or by its image where the two about one share an id."""
+    """Return the name of a record's question in messages: its id, or its image if questions share an id."""
     return str(row["question_id"]).split(".")[0].replace("/images/", "/")
 
 

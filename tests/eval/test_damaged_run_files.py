@@ -43,7 +43,7 @@ def test_a_line_that_json_cannot_read_is_one_bad_line(tmp_path, line):
 
 
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\n "])
-def test_a_list_of_answers_may_begin_with_a_mark_or_white_space(tmp_path, start):
+def test_a_list_of_answers_may_begin_with_a_byte_order_mark_or_white_space(tmp_path, start):
     path = tmp_path / "answers.json"
     path.write_bytes(start + b"[" + ROW + b"]")
     assert [answer.question_id for answer in read_answers(path).answers] == [1]

@@ -20,7 +20,7 @@ def run_again(reference_run, out, tmp_path):
     assert_same(left_behind(out, data, tmp_path / "submitted"), whole)
 
 
-def test_an_undisturbed_run_answers_every_question(reference_run):
+def test_an_uninterrupted_run_answers_every_question(reference_run):
     found = reference_run[2]
     answers = [found[name] for name in found if name.endswith("predictions.jsonl")]
     assert len(answers) == 10

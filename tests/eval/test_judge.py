@@ -228,7 +228,7 @@ def test_unreadable_replies_are_retried_then_left_out(tmp_path):
         assert len(served.bodies) == before + 1
 
 
-def test_a_busy_server_is_asked_again_when_it_says(tmp_path):
+def test_a_busy_server_is_retried_after_retry_after(tmp_path):
     def answer(body, number):
         return (429, {"Retry-After": "0"}, {"error": {"message": "slow down"}}) if number < 2 else "{'score': 1}"
 

@@ -1,4 +1,4 @@
-"""The miniature data sets: all ten published layouts are readable."""
+"""The mini datasets: all ten published layouts are readable."""
 
 import hashlib
 

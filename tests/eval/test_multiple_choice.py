@@ -100,7 +100,7 @@ def test_seed_is_parsed_whole_or_by_its_first_character():
     assert [parse_first_letter(text).letter for text in ("A", " b", "c. x", "", "\n")] == ["A", "B", "C", "", ""]
 
 
-def test_a_reading_says_which_rule_found_it():
+def test_a_parsed_answer_names_its_rule():
     assert parse_scienceqa_vila("B.").rule == "letter and full stop"
     assert parse_mmbench_static("Bat", COLOURS).rule == "most likely letter"
     assert parse_mmbench_static("maybe", COLOURS) == ("", "names no option")

@@ -62,7 +62,7 @@ def result(found, parts, figure, **facts):
                   AggregateMetric(tuple(parts), figure, **facts))  # fmt: skip
 
 
-def test_a_score_that_is_the_mean_mark_has_the_interval_of_the_mean():
+def test_a_score_that_is_the_mean_question_score_has_the_interval_of_the_mean():
     found = question_scores([n % 2 for n in range(40)])
     assert score_interval(BenchmarkResult(50.0, "%", {}, tuple(found))) == mean_interval(found)
 

@@ -1,4 +1,4 @@
-"""Models, folders and questions for the tests of GGUF files."""
+"""Models and directories of GGUF tests, and the llama.cpp process."""
 
 import gzip
 import json
@@ -68,7 +68,7 @@ def llama_python():
 
 
 def ask_llama(**asked):
-    """What `llama_consumer.py` answers."""
+    """Return the output of `llama_consumer.py`."""
     words = {key: str(value) if isinstance(value, Path) else value for key, value in asked.items()}
     done = subprocess.run(
         [llama_python(), str(CONSUMER)],

@@ -1,4 +1,4 @@
-"""Runs GGUF files in llama-cpp-python, in an environment of its own: JSON on stdin, JSON on stdout.
+"""Runs GGUF files in llama-cpp-python, in a separate environment: JSON on stdin, JSON on stdout.
 
 model, mmproj: files. texts: strings to cut into tokens. greedy: [ids, count] pairs to continue. forced: rows of ids,
 for each of whose places the likeliest next id is wanted. image: side and RGB bytes (hex) of a square image, ids

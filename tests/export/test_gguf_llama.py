@@ -1,4 +1,4 @@
-"""llama.cpp itself reads the files; needs an environment with llama-cpp-python (docs/export.md says how)."""
+"""llama.cpp itself reads the files; needs an environment with llama-cpp-python (docs/export.md)."""
 
 import os
 
@@ -103,7 +103,7 @@ def test_the_most_likely_tokens_of_the_starter_model_agree(starter, starter_in_t
 
 
 def look(tmp_path, tower, projector="mlp2x_gelu", select_layer=-2):
-    """Our vectors of a random image and llama.cpp's, and what both say of it."""
+    """Return image embeddings of vila and of llama.cpp for a random image, and the greedy tokens of both."""
     model, processor = seeing(tower, projector, select_layer)
     out = export(tmp_path, model, processor, "gguf")
     rgb = np.random.default_rng(0).integers(0, 256, (56, 56, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Tower and projector as an ONNX graph, run by onnxruntime beside the model."""
+"""Tower and projector as an ONNX graph, run by onnxruntime and compared with the model."""
 
 import json
 

@@ -297,8 +297,8 @@ def test_one_private_address_among_public_ones_is_refused(home, monkeypatch):
     assert network.connected == []
 
 
-def test_a_refusal_does_not_say_whether_an_inner_name_exists(home, monkeypatch):
-    """Whoever gives URLs to a server could find out the names and addresses of the server's own network."""
+def test_an_ssrf_error_does_not_reveal_whether_an_internal_name_exists(home, monkeypatch):
+    """Clients that send URLs must not learn names and addresses of the internal network."""
 
     def look_up(host: str, *_: object, **__: object) -> list:
         if host == "wiki.internal":

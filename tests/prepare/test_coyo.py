@@ -1,4 +1,4 @@
-"""COYO: selection of rows, their order, and the downloaded pairs."""
+"""COYO: selection of records, their order, and the downloaded pairs."""
 
 import json
 import math

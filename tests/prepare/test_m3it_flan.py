@@ -1,4 +1,4 @@
-"""M3IT and FLAN: questions, selection of rows, and equal results for several workers."""
+"""M3IT and FLAN: questions, selection of records, and equal results for several workers."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""LLaVA and ShareGPT4V JSON: valid records are unchanged, others are listed with row and reason."""
+"""LLaVA and ShareGPT4V JSON: valid records are unchanged, others are listed with number and reason."""
 
 import io
 import json

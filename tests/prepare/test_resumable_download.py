@@ -91,7 +91,7 @@ def test_drop_incomplete_drops_a_document_with_one_failed_image(server, tmp_path
     assert ours["counts"]["dropped"] == {"no image": 1, "no image left": 1}
 
 
-def test_dropped_records_are_counted_by_reason_and_listed_by_row(server, tmp_path):
+def test_dropped_records_are_counted_by_reason_and_listed_by_number(server, tmp_path):
     bad_index = document(server.home, "/good/1")
     bad_index["image_info"][0]["matched_text_index"] = 2
     no_url = document(server.home, "/good/1")

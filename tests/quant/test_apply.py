@@ -70,7 +70,7 @@ def test_rounding_takes_all_linears_of_the_decoder_and_nothing_else(symmetric):
 
 
 def test_a_search_beats_plain_rounding():
-    """On the calibration rows themselves, over all logits."""
+    """On the calibration sequences, over all logits."""
     rows, options = random_rows(4), QuantConfig(group_size=32)
     model, _ = loud(layers=2)
     exact = logits(model, rows)

@@ -55,7 +55,7 @@ def test_duo_scales_weigh_activations_against_weights():
     assert len(candidates(mean, weight, "both")) == 39
 
 
-def test_channels_that_are_never_active_do_not_spoil_the_others():
+def test_inactive_channels_do_not_change_the_others():
     for one in candidates(torch.zeros(4), torch.zeros(4), "both"):
         assert torch.isfinite(one.scale_I).all()
 

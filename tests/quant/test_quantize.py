@@ -78,7 +78,7 @@ def test_the_summary_has_method_calibration_sizes_and_errors(tmp_path):
         (QuantConfig("rtn", rounding="gptq", group_size=32), None, "calibration", None),
     ],
 )
-def test_what_cannot_be_done_is_refused_and_leaves_nothing(tmp_path, config, rows, field, value):
+def test_impossible_options_are_errors_and_leave_nothing(tmp_path, config, rows, field, value):
     with pytest.raises(ConfigError) as caught:
         made(tmp_path / "out", config, rows)
     assert (caught.value.field, caught.value.value) == (field, value)

@@ -27,7 +27,7 @@ def same(first, second):
 
 
 def damage(model, search, options):
-    """Mean squared change of the logits, on rows that are not in the calibration."""
+    """Mean squared change of the logits, on sequences that are not in the calibration."""
     rows = random_rows(4, seed=9)
     before = logits(model, rows)
     use_int4(model, round_blocks(model, search, options, ROWS).weights)

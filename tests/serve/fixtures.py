@@ -28,7 +28,7 @@ HELLO = [{"role": "user", "content": "hello"}]
 
 
 def model() -> Any:
-    """A model and its processor whose likeliest token is always a letter."""
+    """A model and its processor whose most likely token is always a letter."""
     made, processor = tiny.vila(max_position_embeddings=2048)
     letters = [tiny.tokenizer().convert_tokens_to_ids(letter) for letter in "abcdefghijklmnopqrstuvwxyz "]
     table = made.get_input_embeddings().weight

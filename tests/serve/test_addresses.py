@@ -45,7 +45,7 @@ def test_private_addresses_are_rejected_without_a_connection(app, dialled, host)
     assert dialled == []
 
 
-def test_the_check_would_notice_a_connection(app, dialled):
+def test_the_check_detects_a_connection(app, dialled):
     assert asked(app, "http://93.184.215.14/a.png").status_code == 400
     assert dialled == ["93.184.215.14"]
 

@@ -1,4 +1,4 @@
-"""Soak test with valid, invalid and cancelled requests: no leaks of slots or memory."""
+"""Soak test with valid, invalid and cancelled requests: no leaks of KV rows or memory."""
 
 import asyncio
 import os

@@ -151,7 +151,7 @@ def test_failed_conversion_leaves_nothing(setup: Components) -> None:
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
-def test_disk_full_during_the_conversion_is_told_and_leaves_nothing(setup: Components, error: Exception) -> None:
+def test_a_full_disk_during_the_conversion_is_an_error_and_leaves_nothing(setup: Components, error: Exception) -> None:
     with pytest.raises(VilaError):
         obtain_component(setup.failing(error), setup.cache)
     assert names_in(setup.cache / "parts") == []
@@ -170,7 +170,7 @@ def test_cache_below_a_file_names_the_variable_to_set(setup: Components, tmp_pat
         obtain_component(setup.recipe, tmp_path / "file" / "cache")
 
 
-def test_what_a_killed_process_left_is_removed(setup: Components) -> None:
+def test_remains_of_a_killed_process_are_removed(setup: Components) -> None:
     for folder in ("wheels", "parts"):
         left = setup.cache / folder / ".tiny.abc.partial"
         left.mkdir(parents=True)
@@ -195,7 +195,7 @@ def test_two_at_once_make_the_part_once(setup: Components) -> None:
     assert setup.builds == 1
 
 
-def test_cache_is_where_the_variable_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cache_is_at_the_path_of_the_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("VILA_CACHE", str(tmp_path))
     assert cache_dir() == tmp_path
     monkeypatch.setenv("VILA_CACHE", "")

@@ -1,4 +1,4 @@
-"""easy-VQA: unpacking, validated reading, kinds of questions, and what the questions tell about an image."""
+"""easy-VQA: unpacking, validated reading, kinds of questions, and image labels from questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stand for the quickstart: tiny parts in the real layouts and a small easy-VQA folder."""
+"""Test fixtures of the quickstart: tiny components in the real layouts and a small easy-VQA directory."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def training_files(tmp_path_factory):
 
 
 def poison(run, steps, kind="loss", rank=0):
-    """Spoil the loss, or the gradient alone, of some steps in one rank."""
+    """Corrupt the loss, or only the gradient, of some steps in one rank."""
     forward = run.trainer.state.loss_module.forward
 
     def corrupted(*batch, **options):

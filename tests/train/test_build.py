@@ -188,7 +188,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_ids(training_files):
     assert any(f"'{kind}{number}'" in caught.value.problem for kind in ("image", "text") for number in range(24))
 
 
-def test_a_sample_that_cannot_be_read_names_data_set_file_and_row(training_files, tmp_path):
+def test_an_unreadable_sample_is_an_error_with_data_set_file_and_record(training_files, tmp_path):
     (tmp_path / "bad.jsonl").write_text(2 * (json.dumps({"messages": [{"role": "user", "content": "?"}]}) + "\n"))
     recipe = tiny_recipe(training_files, "bad", f"data.mixture=[{{format: messages, path: {tmp_path / 'bad.jsonl'}}}]")
     with pytest.raises(DataError) as caught:

@@ -33,7 +33,7 @@ def test_workers_do_not_change_a_run_and_may_differ_after_a_stop(training_files)
     assert [[row[key] for key in keys] for row in ours] == [[row[key] for key in keys] for row in theirs]
 
 
-def test_metrics_tell_the_tokens_of_every_data_set(training_files):
+def test_metrics_have_the_tokens_of_every_data_set(training_files):
     path = training_files / "data.jsonl"
     mixture = f"data.mixture=[{{format: messages, path: {path}}}, {{format: messages, path: {path}, repeat: 0.5}}]"
     recipe = tiny_recipe(training_files, "shares", mixture, "budget.epochs=1", "budget.tokens=0")

@@ -184,7 +184,7 @@ def dies(training_files, out, step):
     build(tiny_recipe(training_files, out, *ROWS), callbacks=[on_step(die)]).train()
 
 
-def test_when_a_rank_dies_the_others_stop_and_say_so(training_files):
+def test_if_a_rank_dies_the_others_stop_with_an_error(training_files):
     began = time.monotonic()
     error, code = run_ranks(2, dies, training_files, "dead", 2)
     assert isinstance(error, TrainingError)
@@ -211,7 +211,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_would(training_files)
 
 
 def finished(training_files, out, *overrides):
-    """Train to the end; what the run says of itself."""
+    """Train to the end; return the metrics of the run."""
     recipe = tiny_recipe(training_files, out, *overrides)
     build(recipe).train()
     return read_json(recipe.output.dir / "finished.json")

@@ -1,4 +1,4 @@
-"""A damaged log or JSON file of a run is named with its line, whatever it holds."""
+"""A damaged log or JSON file of a run is an error with its line, for any content."""
 
 import pytest
 

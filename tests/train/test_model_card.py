@@ -47,7 +47,7 @@ def test_the_library_is_the_one_that_loads_the_model(tmp_path, name, overrides, 
     assert card(tmp_path, load_recipe(name, overrides))[1]["library_name"] == library
 
 
-def test_what_is_not_known_is_not_invented(tmp_path):
+def test_unknown_facts_are_marked_as_unknown(tmp_path):
     recipe = load_recipe("vila_7b/1_align", ["model.llm=someone/unheard-of", "model.vision=/nowhere/tower"])
     text, front = card(tmp_path, recipe)
     assert front["base_model"] == ["someone/unheard-of"]
@@ -109,7 +109,7 @@ def test_copies_on_disk_are_known_by_their_readme_or_their_name(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["# no front matter", "---\n: [\n---\n", "---\njust text\n---\n", ""])
-def test_a_readme_that_says_nothing_is_no_error(text):
+def test_a_readme_without_facts_is_no_error(text):
     assert read_front_matter(text) == {}
 
 
@@ -121,7 +121,7 @@ def test_every_part_of_a_packaged_recipe_has_a_known_licence():
     assert all(set(facts) == {"licence", "note"} for facts in table.values())
 
 
-def test_the_card_of_a_run_holds_what_the_run_left(tmp_path):
+def test_the_model_card_of_a_run_has_its_results(tmp_path):
     recipe = tiny_recipe(write_training_files(tmp_path), "out", "budget.tokens=300")
     build(recipe).train()
     rows = [{"step": 1, "benchmark": "old", "score": 1.0}, {"step": 2, "benchmark": "easy_vqa", "score": 50.0}]
@@ -155,7 +155,7 @@ def test_a_part_that_the_quickstart_converted_has_the_licence_of_its_readme(home
     assert [base.licence for base in bases] == ["Apache-2.0", "MIT"]
 
 
-def test_a_model_of_ours_that_was_moved_keeps_the_licences_of_its_bases(home):
+def test_a_moved_vila_model_keeps_the_licences_of_its_base_models(home):
     part = home / ".cache" / "vila" / "parts" / "tower"
     run = home / "runs" / "one"
     first = load_recipe("vila_7b/1_align", ["model.llm=Qwen/Qwen2.5-0.5B", f"model.vision={part}", f"output.dir={run}"])

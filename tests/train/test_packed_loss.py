@@ -67,7 +67,7 @@ WINDOWS = {
 
 @pytest.mark.parametrize(("family", "text"), [*((family, {}) for family in tiny.FAMILIES), *WINDOWS.items()])
 @pytest.mark.parametrize("name", ROWS)
-def test_logits_of_a_packed_row_equal_those_of_its_parts(family, text, name):
+def test_logits_of_a_packed_sequence_equal_those_of_its_samples(family, text, name):
     model, processor, row = build(family, ROWS[name], **text)
     # The second row is longer, so the first is padded.
     batch = collate([row, [*row, row[0]]])
@@ -100,7 +100,7 @@ def test_a_window_changes_what_is_seen():
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("name", ROWS)
-def test_loss_and_gradients_of_a_packed_row_equal_those_of_its_parts(family, name):
+def test_loss_and_gradients_of_a_packed_sequence_equal_those_of_its_samples(family, name):
     model, processor, row = build(family, ROWS[name], **WINDOWS.get(family, {}))
     batch = collate([row])
     packed = summed_loss(model, batch, features(model, processor, batch.media))

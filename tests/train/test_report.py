@@ -74,7 +74,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_everything_that_a_run_leaves_is_on_the_page(folder):
+def test_all_outputs_of_a_run_are_on_the_page(folder):
     page = HtmlPage(write_report(folder))
     assert numbers(page.subtitle) == [100]
     assert page.figures["tokens"][0] == "10,000" and numbers(page.figures["tokens"][1]) == [200]
@@ -100,7 +100,7 @@ def test_everything_that_a_run_leaves_is_on_the_page(folder):
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", re.sub(r"<pre>.*?</pre>", "", html, flags=re.S))
 
 
-def test_the_page_tells_a_finished_run_from_a_running_one(folder):
+def test_the_page_differs_for_finished_and_running_runs(folder):
     finished = HtmlPage(write_report(folder)).subtitle
     (folder / "finished.json").unlink()
     running = HtmlPage(write_report(folder)).subtitle

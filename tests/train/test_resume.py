@@ -55,7 +55,7 @@ def die_together(run):
 
 
 def killed(folder, out, point):
-    """Train, saving beside it after every second step, and die at `point` of step 5 or of the save of step 4."""
+    """Train, saving in the background every second step, and die at `point` of step 5 or of the save of step 4."""
     import vila.train.checkpoint as checkpoint
 
     run = build(tiny_recipe(folder, out, *SAVES))
@@ -177,7 +177,7 @@ def test_a_run_with_dropout_resumes_bit_for_bit(training_files, through):
 
 @pytest.fixture(scope="module")
 def begun(training_files):
-    """A run that stands at step 2."""
+    """A run that was stopped at step 2."""
     with pytest.raises(Interrupted):
         build(tiny_recipe(training_files, "begun", *SAVES), callbacks=[stop_after(2)]).train()
     return training_files

@@ -63,7 +63,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_each_row_is_right_or_wrong_as_its_rule_says(folder):
+def test_each_answer_is_scored_by_its_rule(folder):
     result = Gqa(folder).score(answers(TEXTS))
     assert {mark.id: bool(mark.value) for mark in result.question_scores} == {
         key: row[2] for key, row in zip(IDS, ROWS, strict=True)

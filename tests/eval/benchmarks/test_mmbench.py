@@ -83,7 +83,7 @@ def answers() -> list[Answer]:
 
 
 def one(tmp_path, *rows, columns=COLUMNS):
-    """A table of these rows, given as changes to an ordinary one."""
+    """A table of these records, given as changes of a valid one."""
     usual = dict(zip(COLUMNS, turns(0, ["cat", "dog"], 0)[0], strict=True))
     path = tmp_path / "mmbench_dev_20230712.tsv"
     path.write_text(table([columns, *([{**usual, **row}[name] for name in columns] for row in rows)]), encoding="utf-8")

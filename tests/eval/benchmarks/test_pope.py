@@ -177,7 +177,7 @@ def test_the_last_of_several_answers_counts(folder):
     assert has_note(result.notes[:1], "1 questions", ": 8")
 
 
-def test_never_yes_gives_nought_and_a_note(folder):
+def test_answers_without_yes_score_zero_with_a_note(folder):
     result = Pope(folder).score([Answer(row.question_id, "no") for row in given()])
     assert result.score == 0
     assert has_note(result.notes[:1], "adversarial: ", "F1")

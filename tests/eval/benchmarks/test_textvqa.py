@@ -43,7 +43,7 @@ def image_id(number: int) -> str:
 
 
 def prompt(number: int) -> str:
-    """Row by row another of the forms that answer files have."""
+    """Records of an answer file, each in another of the published forms."""
     ask = words(number)
     return [
         f"{ask}\nReference OCR token: STOP, 5\n{SHORT}",
@@ -86,7 +86,7 @@ def test_lmms_eval_scores_the_same(folder):
     assert TextVqa(folder).score(given()[::-1], "lmms-eval").score == pytest.approx(100 * POINTS / 22)
 
 
-def test_a_repeated_row_counts_again_and_a_missing_one_not_at_all(folder):
+def test_repeated_answers_count_again_and_missing_ones_do_not(folder):
     rows = [*given()[1:], given()[5], given()[5]]
     result = TextVqa(folder / "textvqa").score(rows)
     assert result.score == pytest.approx(100 * (POINTS - 1) / 23)

@@ -75,7 +75,7 @@ def test_score_of_each_example(folder):
     assert result.metrics == {"questions": 22, "by_answer_type": {"other": result.score}}
 
 
-def test_numbers_are_the_validation_splits_beside_the_test_split_when_every_row_repeats_its_question(folder, asked):
+def test_numbers_are_those_of_the_validation_split_if_every_record_repeats_its_question(folder, asked):
     (asked / "llava_test.jsonl").rename(folder / "vizwiz" / "llava_test.jsonl")
     numbered = {number: row[0] for number, row in enumerate(ROWS)}
     prompts = {number: f"What is {number}?\n{SUFFIX}" for number in numbered}

@@ -59,7 +59,7 @@ def q4_0_step(weight: np.ndarray) -> np.ndarray:
 
 
 def read_vocabulary(path: Path, count: int) -> list[tuple[bytes, float]]:
-    """Words and scores: nine numbers that nobody reads, then length, bytes and a float for each word."""
+    """Tokens and scores: nine unused numbers, then length, bytes and a float for each token."""
     data, at, out = path.read_bytes(), 36, []
     for _ in range(count):
         (size,) = struct.unpack_from("<I", data, at)

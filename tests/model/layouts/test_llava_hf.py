@@ -160,7 +160,7 @@ def test_round_trip_is_lossless(tmp_path):
         model, processor = again, processor_again
 
 
-def test_the_placeholders_row_is_never_the_most_likely_token(tmp_path):
+def test_the_image_placeholder_is_never_the_most_likely_token(tmp_path):
     model, processor = load_model(llava_v1(tmp_path).folder, template="vicuna_v1")
     save_model(model, processor, tmp_path / "hf", "llava-hf")
     theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
