@@ -27,7 +27,7 @@ def program(folder, name, text):
 
 @pytest.fixture
 def call(tmp_path):
-    """Call a script in an empty directory with fake commands that print their arguments; return exit status, lines, errors."""
+    """Call a script in an empty directory with fake commands that print their arguments."""
     bin_folder = tmp_path / "bin"
     for name in ("vila", "torchrun"):
         program(bin_folder, name, PRINT)
