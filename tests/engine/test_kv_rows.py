@@ -47,7 +47,7 @@ def test_common_length_is_that_of_a_plain_walk():
 
 def test_keys_tell_pictures_apart_and_know_equal_ones():
     def keys(*pictures):
-        media = tuple(HashedImage(image.key(), image) for image in map(tiny.picture, pictures))
+        media = tuple(HashedImage(image.key(), image) for image in map(tiny.image, pictures))
         return content_keys(Prompt([9, 5, 5, 8, 5, 5], ((1, 2), (4, 2)), media))
 
     assert keys(1, 2) == keys(1, 2)
