@@ -290,7 +290,7 @@ def test_the_scaling_page_is_up_to_date() -> None:
     for title in scaling_page.STAGES:
         assert scaling_page.table(title) in text, f"{title} is stale; run: PYTHONPATH=. python benchmarks/scaling.py"
     assert scaling_page.break_even() in text
-    assert scaling_page.evenness() in text
+    assert scaling_page.load_balance() in text
 
 
 def test_cached_features_need_no_memory_for_the_tower() -> None:

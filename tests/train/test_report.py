@@ -95,7 +95,7 @@ def test_all_outputs_of_a_run_are_on_the_page(folder):
     assert (page.rows["torch"], page.rows["processes"]) == (["2.13"], ["4"])
     html = (folder / "report.html").read_text()
     assert "vila_7b_3_sft" in html and "max_length: 4096" in html
-    assert [f"id{n}" in html for n in range(5)] == [True] * 5 and "id6" not in html
+    assert "id0, id1, id2, id3, id4" in html
     assert [uri.partition(";")[0] for uri in page.images] == ["data:image/png"]
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", re.sub(r"<pre>.*?</pre>", "", html, flags=re.S))
 
