@@ -193,9 +193,9 @@ def test_inspect_shows_supervised_text_and_writes_one_page(vila, tmp_path):
     code, out, err = vila("data", "inspect", tmp_path / "recipe.yaml", "--index", 1, "--html", tmp_path / "o.html")
     assert code == 0, err
     assert out.count("<image x 4>") == 1
-    learnt = [piece.split("\u00bb")[0].strip() for piece in out.split("\u00ab")[1:]]
-    assert any("abab" in piece for piece in learnt)
-    assert not any("q1?" in piece for piece in learnt)
+    supervised = [piece.split("\u00bb")[0].strip() for piece in out.split("\u00ab")[1:]]
+    assert any("abab" in piece for piece in supervised)
+    assert not any("q1?" in piece for piece in supervised)
     page = (tmp_path / "o.html").read_text()
     assert page.count("data:image/png;base64,") >= 1
     assert page.replace("http://www.w3.org", "").count("http://") == 0
@@ -272,11 +272,11 @@ def test_without_the_starter_its_making_is_one_of_the_next_commands(vila, tmp_pa
 
 
 def test_check_of_a_recipe_reports_image_sizes_and_overlong_samples(vila, tmp_path):
-    stand = write_training_files(tmp_path)
+    folder = write_training_files(tmp_path)
     for number in range(4):
-        Image.new("RGB", (1024, 256)).save(stand / f"{number}.png")
+        Image.new("RGB", (1024, 256)).save(folder / f"{number}.png")
     for overlong in ("drop", "truncate", "error"):
-        recipe = tiny_recipe(stand, "out", "data.max_length=12", f"data.overlong={overlong}")
+        recipe = tiny_recipe(folder, "out", "data.max_length=12", f"data.overlong={overlong}")
         save_recipe(recipe, tmp_path / "recipe.yaml")
         (tmp_path / "own.yaml").write_text("extends: recipe.yaml\nseed: 1\n")
         code, out, _ = vila("data", "check", tmp_path / "own.yaml", "--json")
@@ -312,12 +312,12 @@ def test_check_saves_images_as_the_tower_sees_them(vila, tmp_path, model):
 
 
 def test_train_reports_image_sizes_overlong_samples_and_ignored_fields(vila, tmp_path):
-    stand = write_training_files(tmp_path)
-    Image.new("RGB", (560, 280)).save(stand / "0.png")
-    lines = (stand / "data.jsonl").read_text().splitlines()
+    folder = write_training_files(tmp_path)
+    Image.new("RGB", (560, 280)).save(folder / "0.png")
+    lines = (folder / "data.jsonl").read_text().splitlines()
     rows = [{**json.loads(line), "image_path": "0.png"} if "image" in line else json.loads(line) for line in lines]
-    (stand / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = tiny_recipe(stand, "out", "data.max_length=20", "data.overlong=drop", "budget.tokens=40")
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tiny_recipe(folder, "out", "data.max_length=20", "data.overlong=drop", "budget.tokens=40")
     save_recipe(recipe, tmp_path / "recipe.yaml")
     code, _, err = vila("train", tmp_path / "recipe.yaml")
     assert code == 0, err
@@ -328,10 +328,10 @@ def test_train_reports_image_sizes_overlong_samples_and_ignored_fields(vila, tmp
 
 @pytest.mark.parametrize("tune", ["[projector]", "[vision]", "[vision,projector]"])
 def test_a_stage_that_trains_on_images_alone_is_refused_without_any(vila, tmp_path, tune):
-    stand = write_training_files(tmp_path)
+    folder = write_training_files(tmp_path)
     said = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]
-    (stand / "data.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * 30)
-    recipe = tiny_recipe(stand, "out", f"stage.tune={tune}", "stage.llm_parts=[]")
+    (folder / "data.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * 30)
+    recipe = tiny_recipe(folder, "out", f"stage.tune={tune}", "stage.llm_parts=[]")
     save_recipe(recipe, tmp_path / "recipe.yaml")
     for command in (("data", "check"), ("train",), ("train", "--dry-run")):
         code, _, err = vila(*command, tmp_path / "recipe.yaml")

@@ -54,18 +54,18 @@ def test_files_are_sent_unchanged(image):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "expected"),
     [
-        ("a.pdf", b"%PDF", "not a supported"),
-        ("a.png", b"", "is empty"),
-        ("a.png", bytes(MAX_BYTES + 1), "at most 20 MiB"),
+        ("a.pdf", b"%PDF", "png"),
+        ("a.png", b"", "20 MiB"),
+        ("a.png", bytes(MAX_BYTES + 1), "20 MiB"),
     ],
 )
-def test_invalid_uploads_are_rejected_by_name(tmp_path, name, content, words):
+def test_invalid_uploads_are_rejected_by_name(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(MediaError, match=words) as caught:
+    with pytest.raises(MediaError) as caught:
         data_url(tmp_path / name)
-    assert caught.value.file == name
+    assert caught.value.file == name and expected in caught.value.expected
 
 
 def test_images_and_videos_precede_the_text(image, tmp_path):
