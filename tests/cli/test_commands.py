@@ -12,7 +12,7 @@ from typer.main import get_command
 from tests.cli.printed import cells, counts, words
 from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila import __version__
-from vila.cli.main import app, main
+from vila.cli.main import _COMMANDS, app, main
 from vila.config.load import save_recipe
 from vila.core.errors import ConfigError, DataError, DownloadError, UnknownNameError
 from vila.core.optional import EXTRAS
@@ -175,6 +175,13 @@ def usages(command, name="vila"):
     """Every command and group from `command` down, by its words."""
     below = getattr(command, "commands", {})
     return [name, *(words for one in below for words in usages(below[one], f"{name} {one}"))]
+
+
+def test_the_summary_of_a_command_is_the_first_paragraph_of_its_help():
+    commands = get_command(app).commands
+    first = {name: commands[name].help.partition("\n\n")[0].split() for name in commands}
+    assert first == {name: entry.summary.split() for name, entry in _COMMANDS.items()}
+    assert [name for name in commands if commands[name].name != name] == []
 
 
 def test_help_of_every_command_needs_no_torch():

@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 
 
 app = typer.Typer(
-    help="Measure speed and quantization quality on this machine.", no_args_is_help=True, rich_markup_mode="rich"
+    help="Measure speed and quantization quality on this machine.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    add_completion=False,
 )
 
 # --- vila bench decode

@@ -28,7 +28,12 @@ if TYPE_CHECKING:
     from vila.prepare.licences import DataLicence
 
 
-app = typer.Typer(help="Convert, check, inspect and count training data.", no_args_is_help=True)
+app = typer.Typer(
+    help="Convert, check, inspect and count training data.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    add_completion=False,
+)
 app.add_typer(prepare_app, name="prepare")
 
 _VIEWS = 8

@@ -1,19 +1,22 @@
 """The `vila` command line: registers the commands, prints errors and sets exit codes.
 
-Building it and printing help import no torch; each command imports what it needs.
+A command's module is imported when the command is called. Help of commands imports no torch.
 """
 
 from __future__ import annotations
 
+import copy
 import errno
 import io
 import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # Read by transformers on import; its progress bars would break ours.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -21,27 +24,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
 from vila import __version__
-from vila.cli.bench import app as bench_app
-from vila.cli.chat import chat
-from vila.cli.compare import compare
-from vila.cli.convert import convert
-from vila.cli.data import app as data_app
-from vila.cli.demo import demo
-from vila.cli.doctor import doctor
-from vila.cli.eval import evaluate
-from vila.cli.export import export
-from vila.cli.info import info
-from vila.cli.plan import plan
-from vila.cli.prompt_input import ShotCommand
-from vila.cli.quantize import quantize
-from vila.cli.quickstart import quickstart
-from vila.cli.run import run
-from vila.cli.score import score
-from vila.cli.serve import serve
-from vila.cli.submit import submit
-from vila.cli.train import train
 from vila.core.errors import Interrupted, VilaError
 
 _SHOW_TRACEBACK = "VILA_TRACEBACK"
@@ -50,33 +36,135 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _RESUMABLE = (("quickstart",), ("train",), ("eval",), ("data", "prepare"), ("quantize",))
 _RESUMED = "interrupted; finished work is kept, and the same command resumes"
 
+
+@dataclass(frozen=True)
+class _Entry:
+    """A command: `module:attribute` of its function or Typer app, and its line in `vila --help`."""
+
+    target: str
+    summary: str
+
+
+_COMMANDS = {
+    "quickstart": _Entry(
+        "vila.cli.quickstart:quickstart",
+        "Train and evaluate a small visual language model, starting from an open LLM and vision tower.",
+    ),
+    "run": _Entry(
+        "vila.cli.run:app",
+        'Answer questions about images and videos: vila run [bold]MODEL[/bold] -i a.png -p "what is in the image?"',
+    ),
+    "chat": _Entry(
+        "vila.cli.chat:chat",
+        "Chat with [bold]MODEL[/bold]. /image PATH attaches an image to the next question; /help lists the commands.",
+    ),
+    "train": _Entry(
+        "vila.cli.train:train", "Run the training stage of [bold]RECIPE[/bold]. Resumes after an interruption."
+    ),
+    "plan": _Entry(
+        "vila.cli.plan:plan",
+        "Estimate memory, batch, time and disk space of [bold]RECIPE[/bold]. Exit code 2 if it does not fit.",
+    ),
+    "eval": _Entry(
+        "vila.cli.eval:evaluate", "Evaluate [bold]MODEL[/bold] on benchmarks. Resumes after an interruption."
+    ),
+    "score": _Entry(
+        "vila.cli.score:score",
+        "Score predictions with the published metric of a benchmark: percent, points for MME.",
+    ),
+    "submit": _Entry(
+        "vila.cli.submit:submit",
+        "Write and check submission files for the VQAv2, VizWiz and MMBench servers, and print the upload pages.",
+    ),
+    "compare": _Entry(
+        "vila.cli.compare:compare",
+        "Test whether [bold]SECOND[/bold] is better than [bold]FIRST[/bold] on their common questions.",
+    ),
+    "info": _Entry(
+        "vila.cli.info:info",
+        "Print layout, architecture, parameters and memory needs of [bold]MODEL[/bold]; reads no weights.",
+    ),
+    "convert": _Entry(
+        "vila.cli.convert:convert",
+        "Convert the model [bold]SRC[/bold] to another checkpoint layout in the directory [bold]DST[/bold].",
+    ),
+    "quantize": _Entry(
+        "vila.cli.quantize:quantize",
+        "Quantize the LLM of [bold]MODEL[/bold] to INT4. Resumes after an interruption.",
+    ),
+    "export": _Entry(
+        "vila.cli.export:export",
+        "Export [bold]MODEL[/bold] for another program, with a README that shows how to run it there.",
+    ),
+    "serve": _Entry(
+        "vila.cli.serve:serve",
+        "Serve one or several models with an OpenAI-compatible API: vila serve runs/starter/model",
+    ),
+    "demo": _Entry(
+        "vila.cli.demo:demo",
+        "Serve MODEL with a web page for chat about images and videos; two models are shown side by side.",
+    ),
+    "doctor": _Entry(
+        "vila.cli.doctor:doctor",
+        "Print versions, devices, dtypes and disk space. Exit code 1 if a required package is missing.",
+    ),
+    "data": _Entry("vila.cli.data:app", "Convert, check, inspect and count training data."),
+    "bench": _Entry("vila.cli.bench:app", "Measure speed and quantization quality on this machine."),
+}
+
+
+class _Commands(Mapping[str, Any]):
+    """The commands of `vila` by name, each imported on first use."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        entry = _COMMANDS[name]
+        if name not in self._loaded:
+            module, _, attribute = entry.target.partition(":")
+            target = getattr(import_module(module), attribute)
+            if not isinstance(target, typer.Typer):
+                function, target = target, typer.Typer(rich_markup_mode="rich", add_completion=False)
+                target.command(name)(function)
+            self._loaded[name] = get_command(target)
+            self._loaded[name].name = name
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_COMMANDS)
+
+    def __len__(self) -> int:
+        return len(_COMMANDS)
+
+
+class _LazyGroup(TyperGroup):
+    """Group that imports a command when it is called; its own help is printed from `_COMMANDS`."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands: Any = _Commands()
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        """Return the names of the commands in the order of the help."""
+        return list(self.commands)
+
+    def format_help(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """Write the help, with the summary of each command instead of the command."""
+        shown = copy.copy(self)
+        shown.commands = {name: TyperCommand(name, help=entry.summary) for name, entry in _COMMANDS.items()}
+        super(_LazyGroup, shown).format_help(ctx, formatter)
+
+
 app = typer.Typer(
     name="vila",
+    cls=_LazyGroup,
     help="Train, evaluate, quantize and serve visual language models.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(quickstart)
-# The original writes --num_video_frames and --top_p.
-app.command(cls=ShotCommand, context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})(run)
-app.command()(chat)
-app.command()(train)
-app.command()(plan)
-app.command("eval")(evaluate)
-app.command()(score)
-app.command()(submit)
-app.command()(compare)
-app.command()(info)
-app.command()(convert)
-app.command()(quantize)
-app.command()(export)
-app.command()(serve)
-app.command()(demo)
-app.add_typer(data_app, name="data")
-app.add_typer(bench_app, name="bench")
-app.command()(doctor)
 
 
 def _print_version(value: bool) -> None:

@@ -21,6 +21,7 @@ from vila.cli.prompt_input import (
     PromptRecord,
     Question,
     Shot,
+    ShotCommand,
     build_conversation,
     check_text,
     check_video_file,
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
     from vila.engine.engine import Engine
     from vila.engine.request import Generation, SamplingParams, TokenEvent, TokenLogprob
     from vila.model.layouts.base import Checkpoint
+
+
+app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,8 @@ class PromptOptions:
 PROMPT, UPSTREAM = PromptOptions(), UpstreamOptions()
 
 
+# The original writes --num_video_frames and --top_p.
+@app.command("run", cls=ShotCommand, context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})
 @with_option_groups
 def run(
     model: options.Model = "",
