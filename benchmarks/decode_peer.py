@@ -27,10 +27,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from vila.bench.decode import Subject, read_bandwidth, subject_of
+from vila.bench.decode import Load, Subject, read_bandwidth, subject_of, time_steps
 from vila.bench.model_shapes import SHAPES, Shape, random_model, text_config
 from vila.core.system import system_info, version
-from vila.engine.batch import Group
+from vila.engine.kv_cache import KVCachePool
+from vila.engine.scheduler import Scheduler
 from vila.engine.vision_cache import Prompt
 
 _Q4_0_BYTES, _Q8_0_BYTES, _BLOCK = 18, 34, 32
@@ -62,20 +63,14 @@ class EngineUnderTest:
 
 
 def ours(subject: Subject, prompt: int, tokens: int) -> EngineUnderTest:
+    load = Load(context=prompt, batch=1, tokens=tokens, runs=1, check=0)
+    runner, budget = subject.new_runner(1)
+    scheduler = Scheduler(runner, KVCachePool(runner.cache, budget), prompt)
     given = [Prompt([10 + place % 200 for place in range(prompt)])]
 
     @torch.inference_mode()
     def run() -> list[float]:
-        one = subject.new_run(prompt + tokens)
-        ids_B = one.prefill(given, [Group(0, (0,))]).argmax(-1)
-        times = []
-        for _ in range(tokens - 1):
-            begin = time.perf_counter()
-            ids_B = one.step(ids_B).argmax(-1)
-            ids_B.tolist()
-            times.append(time.perf_counter() - begin)
-        one.close([])
-        return times
+        return time_steps(scheduler, given, load)[1]
 
     return EngineUnderTest(f"vila {subject.precision}, {subject.backend}", run, subject.step_bytes)
 

@@ -22,7 +22,7 @@ import torch
 from vila.core.system import system_info
 from vila.core.types import Image
 from vila.engine.engine import Engine
-from vila.engine.request import SamplingParams
+from vila.engine.sampling_params import SamplingParams
 from vila.eval.benchmark import Item
 from vila.eval.benchmarks.easy_vqa import EasyVqa
 from vila.eval.runner import batches

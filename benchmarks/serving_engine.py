@@ -29,7 +29,7 @@ from vila.core.types import Image, Message
 from vila.engine.backend import BACKENDS
 from vila.engine.batcher import Batcher
 from vila.engine.engine import Engine
-from vila.engine.request import SamplingParams
+from vila.engine.sampling_params import SamplingParams
 
 WORDS = (
     "the",
@@ -166,8 +166,9 @@ def prefill_delay(engine: Engine, batcher: Batcher, draw: random.Random, rounds:
 
 def forget(engine: Engine, batcher: Batcher) -> None:
     """Clear the caches, so that a variant reuses nothing of earlier ones."""
-    engine._features._features.clear()
-    batcher._rows.forget_all()
+    for scheduler in (engine._offline.scheduler, batcher._scheduler):
+        scheduler.runner.features._features.clear()
+        scheduler.pool.forget_all()
 
 
 def parse() -> argparse.Namespace:
@@ -192,7 +193,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     draw = random.Random(0)
     rows = []
-    engine = Engine.load(options.model, options.dtype, options.device, backend=options.backend, prefix_cache_bytes=0)
+    engine = Engine.load(options.model, options.dtype, options.device, backend=options.backend, prefix_caching=False)
     endless = Engine(engine.model, engine.processor, engine._program, fast_decoder=engine._fast_decoder)
     endless._stop_ids = frozenset()
     with Batcher(endless, max_num_seqs=options.requests) as batcher:

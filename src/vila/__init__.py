@@ -11,7 +11,7 @@ _PUBLIC = {
     "load": "vila.engine.engine:Engine.load",
     "load_model": "vila.model.loading:load_model",
     "Engine": "vila.engine.engine:Engine",
-    "SamplingParams": "vila.engine.request:SamplingParams",
+    "SamplingParams": "vila.engine.sampling_params:SamplingParams",
     "Message": "vila.core.types:Message",
     "Text": "vila.core.types:Text",
     "Image": "vila.core.types:Image",
@@ -35,7 +35,7 @@ __all__ = [
 if TYPE_CHECKING:
     from vila.core.types import Image, Message, Sample, Text, Video
     from vila.engine.engine import Engine
-    from vila.engine.request import SamplingParams
+    from vila.engine.sampling_params import SamplingParams
     from vila.model.loading import load_model
 
     load = Engine.load

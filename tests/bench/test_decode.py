@@ -100,7 +100,7 @@ def test_every_backend_is_measured_and_compared(options, group_size, precision, 
 
 def test_a_step_of_the_measured_run_computes_what_the_reference_does():
     subject = subject_of(model(), "tiny")
-    found = agreement(subject.model, subject.new_run, 30, text=list(range(40, 71)))
+    found = agreement(subject.model, subject.new_runner(1)[0], 30, text=list(range(40, 71)))
     assert (found.tokens, found.same, found.same_clear) == (30, 1, 1)
     assert abs(found.nll_change) < 1e-5
 

@@ -11,7 +11,7 @@ from tests.cli.printed import counts, words
 from vila.cli.chat import COMMANDS, ChatSession, Conversation, split_names
 from vila.core.errors import ConfigError, ContextOverflowError, LayoutError, MediaError, TemplateError, VilaError
 from vila.core.types import Image, Message, Text
-from vila.engine.request import SamplingParams, TokenEvent
+from vila.engine.sampling_params import SamplingParams, TokenEvent
 from vila.model.loading import save_model
 
 

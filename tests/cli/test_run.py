@@ -14,7 +14,7 @@ from vila.cli import run
 from vila.core.errors import ConfigError, ContextOverflowError, DataError, Interrupted, MediaError, TemplateError
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
-from vila.engine.request import SamplingParams
+from vila.engine.sampling_params import SamplingParams
 from vila.model.loading import save_model
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from vila.cli.run import stripped
-from vila.engine.request import TokenEvent
+from vila.engine.sampling_params import TokenEvent
 
 
 @pytest.mark.parametrize(

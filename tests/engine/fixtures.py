@@ -1,4 +1,4 @@
-"""Models and conversations that the engine's tests share."""
+"""Models and conversations shared by the tests of the engine."""
 
 from __future__ import annotations
 
@@ -25,38 +25,38 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_window_layers": 1,
     },
 }
-"""Every family, and the kinds of attention that its config may ask for."""
+"""Every family, and the kinds of attention that its config may select."""
 
 
 def endless(name: str = "llama", **changes: Any) -> Engine:
-    """An engine whose answers no token ends: random models end at once or never, and every token counts here."""
+    """Return an engine without stop tokens, because random models stop at once or never."""
     engine = Engine(*tiny.vila(**{**MODELS[name], **changes}))
     engine._stop_ids = frozenset()
     return engine
 
 
-def ask(text: str, *pictures: int) -> list[Message]:
-    """A question about pictures."""
-    return [Message.of("user", *(tiny.image(n) for n in pictures), text)]
+def ask(text: str, *images: int) -> list[Message]:
+    """Return a question about images, by their seeds."""
+    return [Message.of("user", *(tiny.image(seed) for seed in images), text)]
 
 
 QUESTIONS = [
     ask("text only"),
     ask("one?", 1),
-    ask("a longer question about the same picture?", 1),
+    ask("a longer question about the same image?", 1),
     ask("again?", 1),
-    ask("two pictures", 1, 2),
-    ask("two pictures, exchanged", 2, 1),
-    ask("twice the same picture", 3, 3),
+    ask("two images", 1, 2),
+    ask("two images, exchanged", 2, 1),
+    ask("the same image twice", 3, 3),
     ask("x"),
     [Message.of("user", "the first ", tiny.image(3), "?")],
     [Message.of("user", "the other ", tiny.image(3), "?")],
 ]
-"""Different lengths, different numbers of pictures, shared prefixes, a picture twice, text before a picture."""
+"""Different lengths and numbers of images, shared prefixes, an image twice, text before an image."""
 
 
 def full_logits(engine: Engine, prompt: Any, ids: Any) -> torch.Tensor:
-    """Logits [1 + len(ids), V] of a prompt's last token and of what follows, by one forward pass without a cache."""
+    """Return logits [1 + len(ids), V] of a prompt's last token and of the tokens `ids` after it, without a cache."""
     row = torch.tensor([[*prompt.ids, *ids]])
     pixels = engine.processor.pixels(prompt.media)
     with torch.no_grad():
@@ -66,5 +66,5 @@ def full_logits(engine: Engine, prompt: Any, ids: Any) -> torch.Tensor:
 
 @cache
 def sentencepiece() -> Any:
-    """A tokenizer with a dummy prefix and byte tokens, read from a `tokenizer.model` alone."""
+    """Return a tokenizer with a dummy prefix and byte tokens, read from a `tokenizer.model` alone."""
     return AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "golden/tokenizers/vicuna_v15_legacy_false")

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from tests.engine.fixtures import endless
+from vila.engine.attention import ForwardBatch, TokenRange
+from vila.engine.backend import new_runner
 from vila.engine.engine import Engine
-from vila.engine.onnx.program import OnnxProgram
+from vila.engine.runner_onnx import OnnxProgram
 from vila.kernels.int4 import Int4Weight, dequantize, quantize
 
 pytest.importorskip("onnxruntime")
@@ -63,3 +65,29 @@ def embeds(engine: Engine, ids: Tensor = IDS) -> Tensor:
     """Embeddings [1, S, D] of ids."""
     with torch.no_grad():
         return engine.model.embed(ids, None)
+
+
+class Decoder:
+    """One KV row of an OnnxRunner, filled by prefills and single steps."""
+
+    def __init__(self, model: Any, weights: dict[str, Int4Weight] | None = None, **options: Any) -> None:
+        self.program = OnnxProgram(model, weights, **options)
+        self.runner, _ = new_runner(model, 2, program=self.program)
+        self.length = 0
+
+    def logits_at(self, embeds_1SD: Tensor, places: Any) -> Tensor:
+        """Append tokens; return logits [N, V] after some of them."""
+        return self._append(TokenRange(0, self.length, [0] * embeds_1SD.shape[1], embeds_1SD[0], list(places)))
+
+    def prefill(self, embeds_1SD: Tensor) -> Tensor:
+        """Append tokens; return logits [V] after the last one."""
+        return self.logits_at(embeds_1SD, [embeds_1SD.shape[1] - 1])[0]
+
+    def step(self, token: int) -> Tensor:
+        """Append one token; return logits [V]."""
+        return self._append(TokenRange(0, self.length, [token]))[0]
+
+    def _append(self, tokens: TokenRange) -> Tensor:
+        logits = self.runner.forward(ForwardBatch([tokens])).clone()
+        self.length += tokens.count
+        return logits

@@ -1,4 +1,4 @@
-"""Many requests from several threads, some unwanted, some hopeless: every good one is answered right, nothing leaks."""
+"""Soak test of a batcher: many requests of several threads, some cancelled, late or invalid; memory stays bounded."""
 
 import gc
 import random
@@ -13,15 +13,15 @@ import torch
 from tests.engine.fixtures import ask, endless
 from vila.core.errors import CancelledError, ContextOverflowError, DeadlineError, NumericsError, QueueFullError
 from vila.engine.batcher import Batcher
-from vila.engine.request import SamplingParams
+from vila.engine.sampling_params import SamplingParams
 
 _THREADS = 4
 _POISON = "\x01"
-_TOPICS = ["", "tell me about ", "what is in this picture, and why do you think that it is ", "x" * 90]
+_PREFIXES = ["", "tell me about ", "what is in this image, and why do you think that it is ", "x" * 90]
 
 
 def poisoned():
-    """An engine whose model computes nan for one letter."""
+    """Return an engine whose model computes NaN for one letter."""
     engine = endless()
     weight = engine.model.get_input_embeddings().weight
     with torch.no_grad():
@@ -31,15 +31,15 @@ def poisoned():
 
 
 def questions(draw, count):
-    """Different conversations; many begin alike."""
+    """Return different conversations, many with common prefixes."""
     return [
-        ask(draw.choice(_TOPICS) + str(draw.randrange(20)), *(draw.randrange(4) for _ in range(draw.randrange(3))))
+        ask(draw.choice(_PREFIXES) + str(draw.randrange(20)), *(draw.randrange(4) for _ in range(draw.randrange(3))))
         for _ in range(count)
     ]
 
 
 def client(batcher, asked, seed, count, found):
-    """One thread of requests; what became of each goes to `found`."""
+    """Send requests from one thread; append (kind, number, outcome) of each to `found`."""
     draw = random.Random(seed)
     pending = []
     for _ in range(count):
@@ -48,20 +48,20 @@ def client(batcher, asked, seed, count, found):
         sampling = asked[number][1]
         messages = {"poison": ask(f"some {_POISON}"), "huge": ask("h" * 1000)}.get(kind, asked[number][0])
         try:
-            ticket = submit(batcher, messages, sampling, 0.0 if kind == "late" else None)
+            handle = submit(batcher, messages, sampling, 0.0 if kind == "late" else None)
         except ContextOverflowError as error:
             found.append((kind, number, error))
             continue
         if kind == "cancelled":
-            threading.Timer(draw.random() * 0.02, ticket.cancel).start()
-        pending.append((kind, number, ticket))
+            threading.Timer(draw.random() * 0.02, handle.cancel).start()
+        pending.append((kind, number, handle))
         if draw.random() < 0.3:
             collect(pending, found)
     collect(pending, found)
 
 
 def submit(batcher, messages, sampling, timeout):
-    """Queue a request, again and again until there is room."""
+    """Submit a request, again while the queue is full."""
     while True:
         try:
             return batcher.submit(messages, sampling, timeout=timeout)
@@ -71,9 +71,9 @@ def submit(batcher, messages, sampling, timeout):
 
 def collect(pending, found):
     while pending:
-        kind, number, ticket = pending.pop()
+        kind, number, handle = pending.pop()
         try:
-            found.append((kind, number, ticket.generation(60)))
+            found.append((kind, number, handle.generation(60)))
         except (CancelledError, DeadlineError, NumericsError) as error:
             found.append((kind, number, error))
 
@@ -83,13 +83,14 @@ def resident():
     return pages * 4096
 
 
-@pytest.mark.parametrize("requests", [200, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("requests", [96, pytest.param(2000, marks=pytest.mark.slow)])
 def test_soak(requests):
     draw = random.Random(requests)
     engine = poisoned()
     samplings = [
+        # Without top_k an answer might contain the letter.
         SamplingParams(
-            max_new_tokens=draw.randrange(1, 12), temperature=draw.choice([0, 0, 1.2]), seed=draw.randrange(9)
+            max_new_tokens=draw.randrange(1, 12), temperature=draw.choice([0, 0, 1.2]), seed=draw.randrange(9), top_k=40
         )
         for _ in range(24)
     ]
@@ -128,10 +129,10 @@ def test_soak(requests):
     assert stats.finished + stats.cancelled + stats.failed == ended
     assert (stats.running, stats.waiting, stats.kv_tokens_used) == (0, 0, 0)
     assert stats.kv_tokens_cached <= 400
-    assert all(memory.isfinite().all() for memory in batcher._run.pool._memory)
+    assert all(buffer.isfinite().all() for buffer in batcher._scheduler.pool.cache.buffers)
     assert sizes[-1] < 1.05 * sizes[1]
-    gone = weakref.ref(batcher._scheduler)
-    # What was raised holds on to those that raised it.
+    scheduler = weakref.ref(batcher._scheduler)
+    # Exceptions refer to the frames that raised them.
     del batcher, threads, thread, found, outcome
     gc.collect()
-    assert gone() is None
+    assert scheduler() is None

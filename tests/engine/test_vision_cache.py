@@ -1,66 +1,71 @@
-"""Features by content: each picture computed once, those used longest ago forgotten first."""
+"""Vision cache: features by image content, LRU eviction, and prompts with hashed images."""
 
 import torch
 
 from tests import tiny
 from vila.chat.tokenize import Tokens
-from vila.engine import vision_cache
 from vila.engine.vision_cache import HashedImage, VisionCache, build_prompt
 
 
-def shown(*numbers):
-    return [HashedImage(str(number), tiny.image(number)) for number in numbers]
+def images(*keys):
+    return [HashedImage(str(key), lambda: None) for key in keys]
 
 
-def counting(kept=256):
-    """Features that name their picture, and the batches that were computed."""
-    batches = []
-
-    def compute(images):
-        batches.append(images)
-        return torch.stack([torch.full((2, 3), float(sum(image.source[-20:]))) for image in images])
-
-    return VisionCache(compute, kept), batches
+def features(*values):
+    """Features [N, 2, 3] filled with one value per image."""
+    return torch.tensor(values, dtype=torch.float32)[:, None, None].expand(-1, 2, 3)
 
 
-def test_features_come_in_the_order_of_the_pictures_and_equal_ones_are_computed_once():
-    features, batches = counting()
-    out = features(shown(1, 2, 1))
-    assert torch.equal(out[0], out[2])
-    assert not torch.equal(out[0], out[1])
-    assert [len(batch) for batch in batches] == [2]
-    assert torch.equal(features(shown(2, 1)), out[[1, 0]])
-    assert len(batches) == 1
+def test_features_are_returned_in_the_order_of_the_images():
+    cache = VisionCache()
+    cache.add(images(1, 2), features(10, 20))
+    assert torch.equal(cache(images(2, 1, 2)), features(20, 10, 20))
 
 
-def test_the_picture_used_longest_ago_is_forgotten_first():
-    features, batches = counting(kept=2)
-    features(shown(1, 2))
-    features(shown(1))
-    features(shown(3))
-    features(shown(1, 3))
-    assert [len(batch) for batch in batches] == [2, 1]
-    features(shown(2))
-    assert [len(batch) for batch in batches] == [2, 1, 1]
+def test_missing_lists_uncached_images_once():
+    cache = VisionCache()
+    cache.add(images(1), features(10))
+    assert cache.missing(images(3, 1, 2, 3)) == images(3, 2)
 
 
-def test_a_call_may_have_more_pictures_than_are_kept():
-    features, _ = counting(kept=2)
-    assert features(shown(1, 2, 3, 4, 1)).shape == (5, 2, 3)
+def test_the_least_recently_used_image_is_evicted():
+    cache = VisionCache(max_images=2)
+    cache.add(images(1, 2), features(10, 20))
+    cache(images(1))
+    cache.add(images(3), features(30))
+    cache(images(1, 3))
+    assert cache.missing(images(1, 2, 3)) == images(2)
 
 
-def test_many_pictures_go_through_the_tower_in_batches(monkeypatch):
-    monkeypatch.setattr(vision_cache, "_TOWER_BATCH", 2)
-    features, batches = counting()
-    together, _ = counting()
-    out = features(shown(1, 2, 3, 4, 5))
-    assert [len(batch) for batch in batches] == [2, 2, 1]
-    assert torch.equal(out, together(shown(1, 2, 3, 4, 5)))
+def test_a_prompt_may_have_more_images_than_the_cache():
+    cache = VisionCache(max_images=2)
+    cache.add(images(1, 2, 3, 4), features(10, 20, 30, 40))
+    assert torch.equal(cache(images(1, 2, 3, 4, 1)), features(10, 20, 30, 40, 10))
+    assert len(cache.missing(images(1, 2, 3, 4))) == 2
 
 
-def test_a_prompt_knows_its_pictures_by_content():
+def test_cached_features_do_not_share_memory_with_their_batch():
+    cache = VisionCache()
+    batch = features(10, 20).clone()
+    cache.add(images(1, 2), batch)
+    batch.zero_()
+    assert torch.equal(cache(images(1, 2)), features(10, 20))
+
+
+def test_build_prompt_identifies_images_by_content():
+    _, processor = tiny.vila()
     one, other = tiny.image(1), tiny.image(2)
-    tokens = Tokens(ids=[1, 9, 9, 2], labels=[], media=[one, other, one], runs=[(1, 1), (2, 1)])
-    prompt = build_prompt(tokens)
+    tokens = Tokens(ids=[1, 9, 9, 9, 2], labels=[], media=[one, other, one], runs=[(1, 1), (2, 1), (3, 1)])
+    prompt = build_prompt(tokens, processor)
     assert prompt.images[0] == prompt.images[2] != prompt.images[1]
-    assert prompt.runs == ((1, 1), (2, 1))
+    assert prompt.runs == ((1, 1), (2, 1), (3, 1))
+    assert torch.equal(prompt.images[1].preprocess(), processor.pixels([other])[0])
+
+
+def test_build_prompt_distinguishes_vision_settings():
+    _, processor = tiny.vila()
+    tokens = Tokens(ids=[1, 9], labels=[], media=[tiny.image(1, size=(60, 28))], runs=[(1, 1)])
+    padded = build_prompt(tokens, processor).images[0]
+    resized = build_prompt(tokens, processor.with_vision(image_mode="resize")).images[0]
+    assert padded != resized
+    assert not torch.equal(padded.preprocess(), resized.preprocess())

@@ -12,7 +12,7 @@ from tests.eval.fake_models import FakeModel
 from tests.model.test_exif_orientation import sideways
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
-from vila.engine.request import SamplingParams
+from vila.engine.sampling_params import SamplingParams
 from vila.eval.benchmark import Benchmark, BenchmarkResult, Item
 from vila.eval.openai_client import ChatCompletion
 from vila.eval.runner import (

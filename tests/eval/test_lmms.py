@@ -13,7 +13,7 @@ from tests.eval.checks import refused
 from vila.core.errors import ConfigError
 from vila.core.types import Image, Message, Text, Video
 from vila.engine.engine import Engine
-from vila.engine.request import SamplingParams
+from vila.engine.sampling_params import SamplingParams
 from vila.eval import lmms
 from vila.eval.lmms import LmmsAdapter, media_from_visual, message_parts, sampling_from_kwargs
 from vila.media.image import open_image

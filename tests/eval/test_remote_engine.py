@@ -14,7 +14,7 @@ from tests.eval.checks import refused
 from tests.model.test_exif_orientation import sideways
 from vila.core.errors import ConfigError, MediaError
 from vila.core.types import Image, Message, Video
-from vila.engine.request import SamplingParams
+from vila.engine.sampling_params import SamplingParams
 from vila.eval.benchmark import Benchmark, BenchmarkResult, Item, QuestionScore
 from vila.eval.openai_client import ChatCompletion, RemoteEngine, RetryPolicy, ServerError, data_url, request_body
 from vila.eval.runner import run_benchmark

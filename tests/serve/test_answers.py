@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from vila.core.errors import ConfigError
-from vila.engine.request import TokenLogprob
+from vila.engine.sampling_params import TokenLogprob
 from vila.serve.chat import LogprobFormatter, StreamTrimmer, sampling_params
 from vila.serve.errors import validation_error
 from vila.serve.models import Batching, Models, ServedModel, default_name

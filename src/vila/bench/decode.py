@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,21 +15,27 @@ from torch import Tensor
 
 from vila.core.errors import ConfigError
 from vila.core.progress import SILENT, Events, task
-from vila.engine.backend import choose_cuda_graph, choose_fast_decoder, choose_program
-from vila.engine.batch import BatchRun, Group, Run, group_prompts
-from vila.engine.cuda_graph_run import CudaGraphRun
-from vila.engine.cuda_graph_step import CudaGraphSteps
-from vila.engine.vision_cache import Prompt, VisionCache
+from vila.engine.attention import ForwardBatch, TokenRange
+from vila.engine.backend import choose_cuda_graph, choose_fast_decoder, choose_program, new_runner
+from vila.engine.detokenize import Detokenizer
+from vila.engine.kv_cache import KVCachePool
+from vila.engine.request import Answer, Request, RequestHandle
+from vila.engine.runner_torch import ModelRunner
+from vila.engine.sampler import Sampler
+from vila.engine.sampling_params import SamplingParams
+from vila.engine.scheduler import Scheduler
+from vila.engine.vision_cache import Prompt
 from vila.kernels.int4 import Int4Linear, reference_backend
-from vila.model.int4_weights import int4_weights
+from vila.model.int4_weights import int4_layers
 from vila.model.modeling import VilaForConditionalGeneration
 
 if TYPE_CHECKING:
-    from vila.engine.onnx.weights import ActivationBits
+    from vila.engine.onnx_weights import ActivationBits
 
 
 # B rows  S tokens  V vocab
 
+_PREFILL_CHUNK = 2048
 _CLEAR = 4.0
 """A top-1 token is clear if its logit leads the second by this many times the error of a logit."""
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -76,7 +83,7 @@ def compare(fast_SV: Tensor, exact_SV: Tensor, following_S: Tensor) -> Agreement
 
 @torch.inference_mode()
 def agreement(
-    model: VilaForConditionalGeneration, new_run: Callable[[int], Run], tokens: int, text: list[int] | None = None
+    model: VilaForConditionalGeneration, runner: ModelRunner, tokens: int, text: list[int] | None = None
 ) -> Agreement:
     """Compare decode steps of a backend with one forward pass of the reference: torch, in the model's dtype.
 
@@ -88,11 +95,9 @@ def agreement(
             0, int(model.config.text_config.vocab_size), (tokens + 1,), generator=torch.Generator().manual_seed(1)
         ).tolist()
     )
-    run = new_run(tokens + 1)
-    rows = [run.prefill([Prompt(given[:1])], [Group(0, (0,))])[0].clone()]
-    for token in given[1:tokens]:
-        rows.append(run.step(torch.tensor([token], device=model.device))[0].clone())
-    run.close([])
+    rows = [
+        runner.forward(ForwardBatch([TokenRange(0, at, [token])]))[0].clone() for at, token in enumerate(given[:tokens])
+    ]
     following = torch.tensor(given[1 : tokens + 1], device=model.device)
     return compare(torch.stack(rows), reference_logits(model, given[:tokens]), following)
 
@@ -175,7 +180,7 @@ class Subject:
     precision: str
     backend: str
     device: str
-    new_run: Callable[[int], Run]
+    new_runner: Callable[[int], tuple[ModelRunner, int]]
     model: VilaForConditionalGeneration
     step_bytes: int
     token_bytes: int
@@ -240,30 +245,21 @@ def subject_of(
     """Return a model with the backend that the engine selects. cuda_graph: None: the engine's choice."""
     device = model.device.type
     program = choose_program(model, backend, head_bits=head_bits, activation_bits=activation_bits, events=events)
-    precision = "int4" if int4_weights(model) else str(model.dtype).removeprefix("torch.")
+    precision = "int4" if any(int4_layers(model)) else str(model.dtype).removeprefix("torch.")
     config = model.config.text_config
     width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     keys = 2 * int(config.num_hidden_layers) * int(config.num_key_value_heads) * width
     if program is not None:
-        from vila.engine.onnx.batch_run import OnnxBatchRun
-
         rounded = f", {program.activation_bits}-bit activations" if precision == "int4" else ""
         name = f"onnx, {program.head_bits}-bit head{rounded}, {program.threads} threads"
-        unseen = VisionCache(_no_images)
-        new_run: Callable[[int], Run] = lambda capacity: OnnxBatchRun(model, unseen, program, capacity)  # noqa: E731
         kind = precision if precision == "int4" else "float32"
-        return Subject(title, kind, name, device, new_run, model, program.weight_bytes, 4 * keys)
+        create = partial(new_runner, model, program=program)
+        return Subject(title, kind, name, device, create, model, program.weight_bytes, 4 * keys)
     fixed = choose_cuda_graph(model, events) if cuda_graph is None else cuda_graph
-    steps = CudaGraphSteps(model) if fixed else None
-    fast_decoder = choose_fast_decoder(model)
-
-    def torch_run(capacity: int) -> Run:
-        run = BatchRun(model, _no_images, capacity, fast_decoder)
-        return run if steps is None else CudaGraphRun(run, steps)
-
+    create = partial(new_runner, model, fast_decoder=choose_fast_decoder(model), cuda_graph=fixed)
     products = {layer.backend for layer in model.modules() if isinstance(layer, Int4Linear)}
     name = "torch" + "".join(f", {product}" for product in sorted(products)) + (", CUDA graphs" if fixed else "")
-    return Subject(title, precision, name, device, torch_run, model, step_bytes(model), keys * model.dtype.itemsize)
+    return Subject(title, precision, name, device, create, model, step_bytes(model), keys * model.dtype.itemsize)
 
 
 def step_bytes(model: VilaForConditionalGeneration) -> int:
@@ -281,7 +277,9 @@ def step_bytes(model: VilaForConditionalGeneration) -> int:
 @torch.inference_mode()
 def measure(subject: Subject, load: Load, events: Events = SILENT) -> Result:
     """Measure a subject under a load."""
-    same = agreement(subject.model, subject.new_run, load.check) if load.check else None
+    same = agreement(subject.model, subject.new_runner(1)[0], load.check) if load.check else None
+    runner, tokens = subject.new_runner(load.batch)
+    scheduler = Scheduler(runner, KVCachePool(runner.cache, tokens), _PREFILL_CHUNK)
     prompts = list(_prompts(subject.model, load))
     first, rates, prefills, steps, bandwidths = [], [], [], [], []
     peaks: list[int | None] = []
@@ -289,7 +287,7 @@ def measure(subject: Subject, load: Load, events: Events = SILENT) -> Result:
         for number in range(load.runs + 1):
             bandwidth = read_bandwidth(subject.device)
             reset_peak_memory(subject.device)
-            seconds, times = _run(subject, prompts, load)
+            seconds, times = time_steps(scheduler, prompts, load)
             peaks.append(peak_bytes(subject.device))
             events.advanced(f"{subject.title} {subject.precision}")
             if number:
@@ -320,22 +318,30 @@ def measure(subject: Subject, load: Load, events: Events = SILENT) -> Result:
     )
 
 
-def _run(subject: Subject, prompts: Sequence[Prompt], load: Load) -> tuple[float, list[float]]:
+def time_steps(scheduler: Scheduler, prompts: Sequence[Prompt], load: Load) -> tuple[float, list[float]]:
     """Return the time to the first tokens and the times of all steps after it, in seconds."""
-    synchronize(subject.device)
+    scheduler.pool.drop_prefixes()
+    requests = [_request(prompt, load.tokens) for prompt in prompts]
     begin = time.perf_counter()
-    run = subject.new_run(load.context + load.tokens)
-    ids_B = run.prefill(prompts, group_prompts(prompts)).argmax(-1)
-    ids_B.tolist()
+    for request in requests:
+        scheduler.add(request)
+    while any(request.taken == 0 for request in requests):
+        scheduler.step()
     first = time.perf_counter() - begin
     times = []
-    for _ in range(load.tokens - 1):
+    while not all(request.handle.done for request in requests):
         begin = time.perf_counter()
-        ids_B = run.step(ids_B).argmax(-1)
-        ids_B.tolist()
+        scheduler.step()
         times.append(time.perf_counter() - begin)
-    run.close([])
     return first, times
+
+
+def _request(prompt: Prompt, tokens: int) -> Request:
+    """Return a request that ends after `tokens` new tokens."""
+    answer = Answer(Detokenizer(lambda ids: "", lambda token: True), frozenset(), ())
+    handle = RequestHandle(len(prompt.ids), answer, 0, streams=False)
+    sampling = SamplingParams(max_new_tokens=tokens)
+    return Request(handle, prompt, list(prompt.ids), sampling, answer, Sampler(sampling, prompt))
 
 
 def _prompts(model: VilaForConditionalGeneration, load: Load) -> Iterator[Prompt]:
@@ -343,10 +349,6 @@ def _prompts(model: VilaForConditionalGeneration, load: Load) -> Iterator[Prompt
     for _ in range(load.batch):
         vocab = int(model.config.text_config.vocab_size)
         yield Prompt(torch.randint(0, vocab, (load.context,), generator=generator).tolist())
-
-
-def _no_images(images: Sequence[Any]) -> torch.Tensor:
-    raise AssertionError("prompts of a benchmark have no images")
 
 
 _ROWS = (("VILA-7B", "fp16"), ("VILA-7B", "int4"), ("VILA-13B", "fp16"), ("VILA-13B", "int4"))

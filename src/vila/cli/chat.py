@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from vila.engine.engine import Engine
-    from vila.engine.request import SamplingParams
+    from vila.engine.sampling_params import SamplingParams
     from vila.model.processor import VilaProcessor
 
 CHAT_SAMPLING = SamplingOptions(max_new_tokens=512)

@@ -240,7 +240,7 @@ class _ModelSource:
 
         engine = Engine.load(
             local_folder(self.model), dtype=self.dtype, device=self.device,
-            **self.backend.engine_arguments, prefix_cache_bytes=0, events=StderrLog(),
+            **self.backend.engine_arguments, prefix_caching=False, events=StderrLog(),
         )  # fmt: skip
         facts = {**facts, "dtype": str(engine.model.dtype).removeprefix("torch."), "device": self.device}
         if engine.backend != "torch":

@@ -22,7 +22,7 @@ from vila.core.types import Message
 
 if TYPE_CHECKING:
     from vila.engine.engine import Engine
-    from vila.engine.request import SamplingParams
+    from vila.engine.sampling_params import SamplingParams
     from vila.model.config import VilaConfig
     from vila.model.layouts.base import Checkpoint
     from vila.model.processor import VilaProcessor
@@ -256,7 +256,7 @@ class SamplingOptions:
 
     def params(self, logprobs: int = 0) -> SamplingParams:
         """Return the sampling parameters of the engine. Raises ConfigError for values out of range."""
-        from vila.engine.request import SamplingParams
+        from vila.engine.sampling_params import SamplingParams
 
         same = {name: value for name, value in vars(self).items() if name not in ("stop", "truncate")}
         return SamplingParams(
@@ -298,7 +298,8 @@ def load_engine(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
     device = choose_device(options.device)
     set_num_threads(options.threads)
     model = build_model(checkpoint, choose_dtype(options.dtype, device), device)
-    return Engine.on_backend(model, checkpoint.processor, **options.engine_arguments, events=StderrLog())
+    arguments = {**options.engine_arguments, "release_weights": True}
+    return Engine.on_backend(model, checkpoint.processor, **arguments, events=StderrLog())
 
 
 _FLAG_OF_ARGUMENT = {"head_bits": "--lm-head-bits"}
@@ -349,7 +350,7 @@ def check_fit(
 
     Raises ContextOverflowError if they do not fit, TemplateError for roles out of order.
     """
-    from vila.engine.context import fit_prompt
+    from vila.chat.fit import fit_prompt
 
     try:
         _, dropped = fit_prompt(

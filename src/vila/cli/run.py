@@ -46,7 +46,7 @@ from vila.core.types import Image, Message, Video
 if TYPE_CHECKING:
     from vila.engine.detokenize import Decode
     from vila.engine.engine import Engine
-    from vila.engine.request import Generation, SamplingParams, TokenEvent, TokenLogprob
+    from vila.engine.sampling_params import Generation, SamplingParams, TokenEvent, TokenLogprob
     from vila.model.layouts.base import Checkpoint
 
 

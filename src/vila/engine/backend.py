@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from vila.core.errors import ConfigError
 from vila.core.progress import SILENT, Events
 from vila.engine.fast_decoder import FastDecoder, unsupported_reason
-from vila.engine.onnx.weights import ACTIVATION_BITS, FIXED_ROPE
+from vila.engine.kv_cache import KVCache, aligned
+from vila.engine.onnx_weights import ACTIVATION_BITS, FIXED_ROPE
+from vila.engine.runner_torch import ModelRunner, TorchRunner
+from vila.engine.vision_cache import VisionCache
 from vila.kernels.select import use_backend
-from vila.model.int4_weights import int4_weights
+from vila.model.int4_weights import int4_layers
 from vila.model.modeling import VilaForConditionalGeneration
 
 if TYPE_CHECKING:
-    from vila.engine.fast_decoder import FastDecoder, unsupported_reason
-    from vila.engine.onnx.graph import ActivationBits
-    from vila.engine.onnx.program import OnnxProgram
-from vila.engine.onnx.weights import HeadBits
+    from vila.engine.onnx_weights import ActivationBits, HeadBits
+    from vila.engine.runner_onnx import OnnxProgram
 
 Backend = Literal["auto", "torch", "onnx"]
 BACKENDS = ("auto", "torch", "onnx")
+_CPU_BYTES = 2 * 2**30
+"""Default budget of the KV cache on a CPU, unless the context needs more."""
 
 
 def check_backend(backend: str, head_bits: int, threads: int, device: str, activation_bits: int = 0) -> None:
@@ -44,7 +49,7 @@ def check_backend(backend: str, head_bits: int, threads: int, device: str, activ
         hint = "run on device 'cpu', or choose another backend"
         raise ConfigError(f"the onnx backend runs on a CPU only, not on {device!r}", field="backend", hint=hint)
     if backend == "onnx":
-        from vila.engine.onnx.program import find_runtime
+        from vila.engine.runner_onnx import find_runtime
 
         find_runtime()
 
@@ -60,6 +65,7 @@ def choose_program(
     head_bits: int = 0,
     activation_bits: ActivationBits | Literal[0] = 0,
     threads: int = 0,
+    release_weights: bool = False,
     events: Events = SILENT,
 ) -> OnnxProgram | None:
     """Return the onnxruntime program of a model's LLM, or None for torch, whose INT4 kernel is selected here too.
@@ -68,6 +74,7 @@ def choose_program(
     head_bits:       onnx; 0: 8 for a 4-bit model, else 32.
     activation_bits: onnx, see OnnxProgram; 0: 8.
     threads:         onnx; 0: as many as torch.
+    release_weights: onnx; free the model's own 4-bit weights, see OnnxProgram.
     events:          logs the choice.
 
     Raises ConfigError as `check_backend` does, if onnxruntime was requested and does not support the model, and for
@@ -75,14 +82,20 @@ def choose_program(
     """
     device = model.device.type
     check_backend(backend, head_bits, threads, device, activation_bits)
-    four_bit = bool(int4_weights(model))
+    four_bit = any(int4_layers(model))
     why = "" if backend != "auto" else _why_not_onnx(four_bit, device)
     if backend != "torch" and not why:
-        from vila.engine.onnx.program import OnnxProgram
+        from vila.engine.runner_onnx import OnnxProgram
 
         bits: HeadBits = head_bits or (8 if four_bit else 32)  # type: ignore[assignment]
         try:
-            program = OnnxProgram(model, head_bits=bits, activation_bits=activation_bits or 8, threads=threads)
+            program = OnnxProgram(
+                model,
+                head_bits=bits,
+                activation_bits=activation_bits or 8,
+                threads=threads,
+                release=release_weights and four_bit,
+            )
         except ConfigError as error:
             if backend != "auto":
                 raise
@@ -124,13 +137,53 @@ def choose_fast_decoder(model: VilaForConditionalGeneration) -> FastDecoder | No
     return None if unsupported_reason(model) else FastDecoder(model)
 
 
+def new_runner(
+    model: VilaForConditionalGeneration,
+    max_num_seqs: int,
+    kv_tokens: int = 0,
+    *,
+    program: OnnxProgram | None = None,
+    fast_decoder: FastDecoder | None = None,
+    cuda_graph: bool = False,
+) -> tuple[ModelRunner, int]:
+    """Return a runner with its own KV cache, and the budget of the cache in tokens.
+
+    kv_tokens: the budget; 0: the context length for every sequence, but at most 2 GiB on a CPU and half of the free
+               memory on CUDA. Every row may be as long as the context; on CUDA, where all rows are allocated, a small
+               budget reduces their number.
+    """
+    config: Any = model.config.text_config
+    heads = int(config.num_attention_heads)
+    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    layers, kv_heads = int(config.num_hidden_layers), int(getattr(config, "num_key_value_heads", None) or heads)
+    dtype = torch.float32 if program else next(model.get_input_embeddings().parameters()).dtype
+    context, on_cuda = int(model.config.context_length), model.device.type == "cuda"
+    tokens = kv_tokens
+    if not tokens:
+        budget = torch.cuda.mem_get_info(model.device)[0] // 2 if on_cuda else _CPU_BYTES
+        tokens = min(max_num_seqs * context, budget // (2 * layers * kv_heads * width * dtype.itemsize))
+        tokens = max(tokens, 0 if on_cuda else aligned(context))
+    columns = min(context, tokens)
+    rows = min(max_num_seqs, max(1, tokens // columns)) if on_cuda else max_num_seqs
+    cache, features = KVCache(layers, kv_heads, width, rows, columns, dtype=dtype, device=model.device), VisionCache()
+    if program is not None:
+        from vila.engine.runner_onnx import OnnxRunner
+
+        return OnnxRunner(model, features, cache, program), tokens
+    if cuda_graph:
+        from vila.engine.runner_cuda_graph import CudaGraphRunner
+
+        return CudaGraphRunner(model, features, cache), tokens
+    return TorchRunner(model, features, cache, fast_decoder), tokens
+
+
 def _why_not_onnx(four_bit: bool, device: str) -> str:
     """Return why `auto` does not select onnxruntime; empty if it does."""
     if not four_bit:
         return "the weights are not 4-bit"
     if device != "cpu":
         return f"the model is on {device}"
-    from vila.engine.onnx.program import find_runtime
+    from vila.engine.runner_onnx import find_runtime
 
     try:
         find_runtime()

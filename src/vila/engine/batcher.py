@@ -6,17 +6,15 @@ import logging
 import math
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass
 
 import torch
 
 from vila.core.errors import ClosedError, ConfigError, ContextOverflowError, EngineDeadError, QueueFullError
 from vila.engine.engine import Conversation, Engine
-from vila.engine.kv_rows import KVRows, content_keys
-from vila.engine.request import SamplingParams
-from vila.engine.request_handle import OnEvent, Request, RequestHandle
-from vila.engine.scheduler import Scheduler
+from vila.engine.request import OnEvent, Request, RequestHandle
+from vila.engine.sampling_params import SamplingParams
 
 _log = logging.getLogger(__name__)
 
@@ -73,10 +71,10 @@ class Batcher:
         if problems:
             raise ConfigError.collect("batcher", problems)
         self.engine, self.max_queue = engine, max_queue
-        self._run = engine._model_runner(max_num_seqs, kv_tokens)
-        self._rows = KVRows(self._run.pool, max_num_seqs)
-        self._scheduler = Scheduler(self._run, self._rows, prefill_chunk, engine.processor.pixels)
-        self._waiting: deque[Request] = deque()
+        self._scheduler = engine.new_scheduler(max_num_seqs, kv_tokens, prefill_chunk)
+        self._pool = self._scheduler.pool
+        self._submitted: deque[Request] = deque()
+        """Requests that the worker thread has not passed to the scheduler yet."""
         self._changed = threading.Condition()
         self._accepting, self._closed = True, False
         self._busy = False
@@ -103,7 +101,7 @@ class Batcher:
         """Reject new requests and finish the others; return False if some are unfinished after `timeout` seconds."""
         with self._changed:
             self._accepting = False
-            return self._changed.wait_for(lambda: not (self._waiting or self._scheduler.running or self._busy), timeout)
+            return self._changed.wait_for(lambda: not (self._has_work or self._busy), timeout)
 
     @property
     def is_alive(self) -> bool:
@@ -137,32 +135,23 @@ class Batcher:
         larger than the KV cache, QueueFullError, and ClosedError if the batcher is closed.
         """
         self._check_open()
-        chosen = sampling or SamplingParams()
-        job = self.engine._job(messages, chosen, template)
-        unknown = self.engine._features.missing(job.prompt.images)
-        request = Request(
-            handle=RequestHandle(len(job.prompt.ids), job.answer, job.dropped, on_event),
-            prompt=job.prompt,
-            keys=content_keys(job.prompt),
-            sampling=chosen,
-            answer=job.answer,
-            pixels={image.key: self.engine.processor.pixels([image.image])[0] for image in unknown},
-            deadline=math.inf if timeout is None else time.monotonic() + timeout,
-            owner=owner,
-        )
-        if not self._rows.fits_ever(request.columns):
+        features = self._scheduler.runner.features
+        request = self.engine.new_request(messages, sampling or SamplingParams(), template, features, on_event=on_event)
+        request.deadline = math.inf if timeout is None else time.monotonic() + timeout
+        request.owner = owner
+        if request.columns > self._pool.max_length:
             raise ContextOverflowError(
-                f"the prompt has {len(request.keys)} tokens and the answer up to {chosen.max_new_tokens}, but the KV "
-                f"cache holds {self._run.pool.tokens}",
+                f"the prompt has {len(request.keys)} tokens and the answer up to {request.sampling.max_new_tokens}, "
+                f"but the KV cache holds {self._pool.max_length}",
                 hint="shorten them, or raise kv_tokens",
             )
         request.handle.on_cancel = self._notify
         with self._changed:
             self._check_open()
-            if len(self._waiting) >= self.max_queue:
-                wait = min(60.0, max(1.0, self._scheduler.seconds * len(self._waiting) / self._rows.max_rows))
-                raise QueueFullError(f"{len(self._waiting)} requests are queued; retry in {wait:.0f} s", wait)
-            self._waiting.append(request)
+            if self._num_waiting >= self.max_queue:
+                wait = min(60.0, max(1.0, self._scheduler.seconds * self._num_waiting / len(self._pool.rows)))
+                raise QueueFullError(f"{self._num_waiting} requests are queued; retry in {wait:.0f} s", wait)
+            self._submitted.append(request)
             self._changed.notify_all()
         return request.handle
 
@@ -172,12 +161,20 @@ class Batcher:
             counts = self._scheduler.counts
             return BatcherStats(
                 running=len(self._scheduler.running),
-                waiting=len(self._waiting),
-                kv_tokens_used=self._rows.tokens_owned,
-                kv_tokens_cached=self._rows.tokens_cached,
-                kv_tokens_total=self._run.pool.tokens,
+                waiting=self._num_waiting,
+                kv_tokens_used=self._pool.tokens_owned,
+                kv_tokens_cached=self._pool.tokens_cached,
+                kv_tokens_total=self._pool.tokens,
                 **vars(counts),
             )
+
+    @property
+    def _num_waiting(self) -> int:
+        return len(self._submitted) + len(self._scheduler.waiting)
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._num_waiting or self._scheduler.running)
 
     def _check_open(self) -> None:
         if self._failure is not None:
@@ -203,13 +200,12 @@ class Batcher:
     def _loop(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._waiting or self._scheduler.running)
+                self._changed.wait_for(lambda: self._closed or self._has_work)
                 if self._closed:
                     return
                 self._busy = True
             try:
-                self._admit()
-                self._scheduler.step()
+                self._step()
             except torch.AcceleratorError:
                 raise
             except Exception as error:  # noqa: BLE001 - the worker survives any error of a step; the requests end with it
@@ -219,41 +215,18 @@ class Batcher:
                 self._busy = False
                 self._changed.notify_all()
 
-    def _admit(self) -> None:
-        """Admit queued requests while KV rows are free, and end those that are cancelled or timed out."""
-        now = time.monotonic()
+    def _step(self) -> None:
         with self._changed:
-            unwanted = [(request, error) for request in self._waiting if (error := request.ending_error(now))]
-            for request, _ in unwanted:
-                self._waiting.remove(request)
-        for request, error in unwanted:
-            self._scheduler.end(request, error)
-        while chosen := self._next():
-            try:
-                row = self._rows.allocate(chosen.keys, chosen.columns)
-            except Exception as failure:
-                with self._changed:
-                    self._waiting.remove(chosen)
-                self._scheduler.end(chosen, failure)
-                raise
-            if row is None:
-                return
-            with self._changed:
-                self._waiting.remove(chosen)
-                self._scheduler.add(chosen, row)
-
-    def _next(self) -> Request | None:
-        """Return the waiting request to admit next: the first one of the owner with the fewest running requests."""
-        with self._changed:
-            running = Counter(request.owner for request in self._scheduler.running)
-            return min(self._waiting, key=lambda request: running[request.owner], default=None)
+            while self._submitted:
+                self._scheduler.add(self._submitted.popleft())
+        self._scheduler.step()
 
     def _end_all(self) -> None:
         with self._changed:
-            waiting = list(self._waiting)
-            self._waiting.clear()
+            while self._submitted:
+                self._scheduler.add(self._submitted.popleft())
         closed = ClosedError("the batcher was closed before the answer was complete")
-        for request in (*waiting, *self._scheduler.running):
+        for request in (*self._scheduler.waiting, *self._scheduler.running):
             self._scheduler.end(request, closed if self._failure is None else _dead(self._failure))
         self._notify()
 

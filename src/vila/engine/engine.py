@@ -3,52 +3,55 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
 from vila.chat.content import parse_messages
-from vila.chat.tokenize import IGNORE
-from vila.core.errors import ContextOverflowError, DataError
+from vila.chat.fit import fit_prompt
+from vila.chat.tokenize import IGNORE, Tokens
+from vila.core.errors import CancelledError, ContextOverflowError, DataError
 from vila.core.progress import SILENT, Events
-from vila.core.types import Image, Message
+from vila.core.types import Message
 from vila.core.vision_spec import ImageMode
-from vila.engine.answer import Answer
-from vila.engine.attention_mask import check_attention
-from vila.engine.backend import Backend, check_backend, choose_cuda_graph, choose_fast_decoder, choose_program
-from vila.engine.batch import BatchRun, Run
-from vila.engine.context import fit_prompt
-from vila.engine.cuda_graph_run import CudaGraphRun
-from vila.engine.cuda_graph_step import CudaGraphSteps
-from vila.engine.decode import decode
+from vila.engine.attention import check_attention
+from vila.engine.backend import (
+    Backend,
+    check_backend,
+    choose_cuda_graph,
+    choose_fast_decoder,
+    choose_program,
+    new_runner,
+)
 from vila.engine.detokenize import detokenizer_of
 from vila.engine.fast_decoder import FastDecoder
-from vila.engine.model_runner import ModelRunner, TorchRunner, default_tokens, kv_dtype
-from vila.engine.prefix_cache import DEFAULT_BYTES, PrefixCache
-from vila.engine.request import Generation, SamplingParams, TokenEvent, choose_sampling
-from vila.engine.vision_cache import Prompt, VisionCache, build_prompt
+from vila.engine.kv_cache import KVCachePool, content_keys
+from vila.engine.prompt_lookup import PromptLookup
+from vila.engine.request import Answer, OnEvent, Request, RequestHandle
+from vila.engine.sampler import Sampler, text_of
+from vila.engine.sampling_params import Generation, SamplingParams, TokenEvent, choose_sampling
+from vila.engine.scheduler import Scheduler
+from vila.engine.vision_cache import VisionCache, build_prompt
 from vila.families import find_family
 from vila.model.loading import choose_dtype, load_model
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
 
 if TYPE_CHECKING:
-    from vila.engine.onnx.program import OnnxProgram
-    from vila.engine.onnx.weights import ActivationBits, HeadBits
+    from vila.engine.onnx_weights import ActivationBits, HeadBits
+    from vila.engine.runner_onnx import OnnxProgram
 
 Conversation = Sequence[Message | Mapping[str, Any]]
 """`Message`s, or dicts in the Hugging Face format: role and content, a string or a list of parts."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    prompt: Prompt
-    answer: Answer
-    dropped: int
+_MAX_NUM_SEQS = 32
+"""Conversations that an engine answers together; further ones of a batch join when others end."""
+_PREFILL_CHUNK = 2048
+"""Prompt tokens of a step, which bounds the memory of long prompts."""
 
 
 class Engine:
@@ -66,24 +69,23 @@ class Engine:
         processor: VilaProcessor,
         program: OnnxProgram | None = None,
         *,
-        prefix_cache_bytes: int = 0,
+        prefix_caching: bool = False,
         cuda_graph: bool = False,
         fast_decoder: FastDecoder | None = None,
     ) -> None:
-        """program:            runs the LLM with onnxruntime; None: with torch.
-        prefix_cache_bytes: size of the prefix cache, which single conversations read and fill; 0 disables it. If it is
-                            enabled, the weights must not change.
-        cuda_graph:         run decode steps on static buffers, on CUDA as a CUDA graph; the weights must not move.
-        fast_decoder:       runs decode steps on a CPU.
+        """program:        runs the LLM with onnxruntime; None: with torch.
+        prefix_caching: keep the KV cache of answered conversations for later ones that begin alike. If it is enabled,
+                        the weights must not change.
+        cuda_graph:     run decode steps at fixed addresses, on CUDA as a CUDA graph; the weights must not move.
+        fast_decoder:   runs the forward passes on a CPU.
         """
         check_attention(model.config.text_config)
         self.model, self.processor = model.eval(), processor
-        self.prefix_cache = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
-        self._program, self._fast_decoder = program, fast_decoder
-        self._steps = CudaGraphSteps(model) if cuda_graph else None
+        self.prefix_caching = prefix_caching
+        self._program, self._fast_decoder, self._cuda_graph = program, fast_decoder, cuda_graph
         self._detokenizer = detokenizer_of(processor.tokenizer)
         self._stop_ids = _stop_ids(model, processor)
-        self._features = VisionCache(self._encode)
+        self._offline = _Offline(self)
 
     @staticmethod
     def load(
@@ -95,7 +97,7 @@ class Engine:
         head_bits: HeadBits | Literal[0] = 0,
         activation_bits: ActivationBits | Literal[0] = 0,
         threads: int = 0,
-        prefix_cache_bytes: int = DEFAULT_BYTES,
+        prefix_caching: bool = True,
         events: Events = SILENT,
         **loading: Any,
     ) -> Engine:
@@ -109,7 +111,7 @@ class Engine:
         activation_bits: onnx with 4-bit weights: 8 rounds activations to int8, 16 to two int8 values, 32 keeps float32.
                          0: 8.
         threads:         onnx: number of threads; 0: as many as torch.
-        prefix_cache_bytes: see the constructor.
+        prefix_caching:  see the constructor.
         events:          logs the chosen backend.
         loading:         further arguments of `load_model`.
 
@@ -120,7 +122,14 @@ class Engine:
         model, processor = load_model(path, dtype=kind, device=device, **loading)
         bits = {"head_bits": head_bits, "activation_bits": activation_bits}
         return Engine.on_backend(
-            model, processor, backend, **bits, threads=threads, prefix_cache_bytes=prefix_cache_bytes, events=events
+            model,
+            processor,
+            backend,
+            **bits,
+            threads=threads,
+            release_weights=True,
+            prefix_caching=prefix_caching,
+            events=events,
         )
 
     @staticmethod
@@ -129,7 +138,7 @@ class Engine:
         processor: VilaProcessor,
         backend: str = "auto",
         *,
-        prefix_cache_bytes: int = DEFAULT_BYTES,
+        prefix_caching: bool = True,
         events: Events = SILENT,
         **options: Any,
     ) -> Engine:
@@ -144,7 +153,7 @@ class Engine:
             model,
             processor,
             program,
-            prefix_cache_bytes=prefix_cache_bytes,
+            prefix_caching=prefix_caching,
             cuda_graph=cuda_graph,
             fast_decoder=fast_decoder,
         )
@@ -161,16 +170,13 @@ class Engine:
     def with_vision(self, *, image_mode: ImageMode | None = None, exif_orientation: bool | None = None) -> Engine:
         """Return an engine on the same weights with other vision settings; see `VilaProcessor.with_vision`.
 
-        It has its own vision and prefix cache, but shares the buffers of decode steps: use only one of the two at a
-        time.
+        It shares the weights, the KV cache and the vision cache, whose keys include the vision settings.
         """
         processor = self.processor.with_vision(image_mode=image_mode, exif_orientation=exif_orientation)
         if processor is self.processor:
             return self
         other = copy.copy(self)
         other.processor = processor
-        other.prefix_cache = PrefixCache(self.prefix_cache.budget) if self.prefix_cache else None
-        other._features = VisionCache(other._encode)
         return other
 
     def generate(
@@ -203,11 +209,13 @@ class Engine:
         The common prefix of conversations about the same images is computed once.
         """
         chosen = choose_sampling(sampling, options)
-        jobs = [self._job(messages, chosen, template) for messages in conversations]
-        if jobs:
-            for _ in self._decode(jobs, chosen):
-                pass
-        return [job.answer.generation(len(job.prompt.ids), job.dropped) for job in jobs]
+        features = self._offline.scheduler.runner.features
+        requests = [
+            self.new_request(messages, chosen, template, features, index=index, streams=False)
+            for index, messages in enumerate(conversations)
+        ]
+        self._offline.run(requests)
+        return [request.handle.generation() for request in requests]
 
     def stream(
         self, messages: Conversation, sampling: SamplingParams | None = None, *, template: str = "", **options: Any
@@ -217,19 +225,9 @@ class Engine:
         Partial characters and possible beginnings of stop strings are held back until the next token.
         """
         chosen = choose_sampling(sampling, options)
-        return self._events(self._job(messages, chosen, template), chosen)
+        features = self._offline.scheduler.runner.features
+        return self._offline.stream(self.new_request(messages, chosen, template, features))
 
-    def _events(self, job: _Job, sampling: SamplingParams) -> Iterator[TokenEvent]:
-        answer = job.answer
-        shown = 0
-        for _ in self._decode([job], sampling):
-            text = answer.final_text
-            if answer.finish is None and len(text) > shown:
-                yield TokenEvent(text[shown:])
-                shown = len(text)
-        yield TokenEvent(answer.text[shown:], answer.finish or "length")
-
-    @torch.inference_mode()
     def score(self, conversations: Sequence[Conversation], *, template: str = "") -> list[list[float]]:
         """Return the log-probabilities of the supervised tokens (answers and their end tokens) of each conversation."""
         if not conversations:
@@ -249,37 +247,46 @@ class Engine:
                 f"a conversation to score has {longest} tokens, but the context length is {self._context}",
                 hint="shorten it",
             )
-        places = [[place for place, label in enumerate(row.labels) if place and label != IGNORE] for row in rows]
-        before = [[place - 1 for place in wanted] for wanted in places]
-        out = []
-        logits_of_rows = self._new_run(longest).logits_at([build_prompt(row) for row in rows], before)
-        for row, wanted, logits_NV in zip(rows, places, logits_of_rows, strict=True):
-            logprobs_NV = logits_NV.log_softmax(-1)
-            out.append(logprobs_NV[range(len(wanted)), [row.labels[place] for place in wanted]].tolist())
-        return out
+        sampling, features = SamplingParams(max_new_tokens=1), self._offline.scheduler.runner.features
+        requests = [self._request(row, sampling, template, features) for row in rows]
+        for request, row in zip(requests, rows, strict=True):
+            request.targets = {place: label for place, label in enumerate(row.labels) if place and label != IGNORE}
+        self._offline.run([request for request in requests if request.targets])
+        return [request.scores for request in requests]
 
-    def _decode(self, jobs: Sequence[_Job], sampling: SamplingParams) -> Iterator[None]:
-        return decode(self._new_run, [j.prompt for j in jobs], [j.answer for j in jobs], sampling)
+    def new_scheduler(self, max_num_seqs: int, kv_tokens: int, prefill_chunk: int) -> Scheduler:
+        """Return a scheduler with its own KV cache.
 
-    def _new_run(self, capacity: int) -> Run:
-        if self._program is None:
-            run = BatchRun(self.model, self._features, capacity, self._fast_decoder, self.prefix_cache)
-            return run if self._steps is None else CudaGraphRun(run, self._steps)
-        from vila.engine.onnx.batch_run import OnnxBatchRun
+        max_num_seqs:  requests that run together.
+        kv_tokens:     capacity of the KV cache; 0: see `new_runner`.
+        prefill_chunk: maximum prompt tokens per step.
+        """
+        runner, tokens = new_runner(
+            self.model,
+            max_num_seqs,
+            kv_tokens,
+            program=self._program,
+            fast_decoder=self._fast_decoder,
+            cuda_graph=self._cuda_graph,
+        )
+        return Scheduler(runner, KVCachePool(runner.cache, tokens), prefill_chunk)
 
-        return OnnxBatchRun(self.model, self._features, self._program, capacity, self.prefix_cache)
+    def new_request(
+        self,
+        messages: Conversation,
+        sampling: SamplingParams,
+        template: str,
+        features: VisionCache,
+        *,
+        index: int = 0,
+        on_event: OnEvent | None = None,
+        streams: bool = True,
+    ) -> Request:
+        """Return a request for a scheduler, with its prompt tokenized and its images decoded.
 
-    def _model_runner(self, rows: int, tokens: int) -> ModelRunner:
-        """Return the model runner for continuous batching; tokens: KV cache capacity, 0: the default."""
-        dtype = kv_dtype(self.model) if self._program is None else torch.float32
-        tokens = tokens or default_tokens(self.model, rows, dtype)
-        if self._program is None:
-            return TorchRunner(self.model, self._features, tokens, self._fast_decoder)
-        from vila.engine.onnx.runner import OnnxRunner
-
-        return OnnxRunner(self.model, self._features, tokens, self._program)
-
-    def _job(self, messages: Conversation, sampling: SamplingParams, template: str) -> _Job:
+        features: vision cache of the scheduler; images that it has are not preprocessed.
+        index:    index of the conversation in its batch, which selects the random numbers of sampling.
+        """
         # Videos are decoded once, however many turns are dropped.
         gap = self.processor.find_template(template).media_gap
         tokens, dropped = fit_prompt(
@@ -291,7 +298,25 @@ class Engine:
         )
         if not tokens.ids:
             raise DataError("the prompt has no tokens: no text, no image, and a template without a prefix")
-        return _Job(build_prompt(tokens), self._answer(template, sampling.stop), dropped)
+        request = self._request(tokens, sampling, template, features, index)
+        request.handle = RequestHandle(len(tokens.ids), request.answer, dropped, on_event, streams=streams)
+        return request
+
+    def _request(
+        self, tokens: Tokens, sampling: SamplingParams, template: str, features: VisionCache, index: int = 0
+    ) -> Request:
+        prompt, answer = build_prompt(tokens, self.processor), self._answer(template, sampling.stop)
+        drafts = sampling.prompt_lookup_tokens
+        return Request(
+            RequestHandle(len(prompt.ids), answer, 0, streams=False),
+            prompt,
+            content_keys(prompt),
+            sampling,
+            answer,
+            Sampler(sampling, prompt, index),
+            pixels={image.key: image.preprocess() for image in features.missing(prompt.images)},
+            lookup=PromptLookup(text_of(prompt), drafts) if drafts else None,
+        )
 
     def _answer(self, template: str, stop: Sequence[str] = ()) -> Answer:
         special = self.processor.span_tokenizer.special_ids
@@ -303,9 +328,72 @@ class Engine:
     def _context(self) -> int:
         return self.model.config.context_length
 
-    def _encode(self, images: Sequence[Image]) -> Tensor:
-        """Return tower features [N, P, C]."""
-        return self.model.vision_features(self.processor.pixels(images).to(self.model.device))
+
+class _Offline:
+    """Scheduler of an engine's own methods, stepped by the threads that wait for answers."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._lock = engine, threading.Lock()
+        self._scheduler: Scheduler | None = None
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The scheduler; its KV cache is allocated at first use."""
+        with self._lock:
+            if self._scheduler is None:
+                self._scheduler = self._engine.new_scheduler(_MAX_NUM_SEQS, 0, _PREFILL_CHUNK)
+            return self._scheduler
+
+    def run(self, requests: Sequence[Request]) -> None:
+        """Step until the requests have ended. Raises the first error of a request."""
+        for _ in self._steps(requests):
+            pass
+
+    def stream(self, request: Request) -> Iterator[TokenEvent]:
+        """Step until the request has ended, and yield its events."""
+        for _ in self._steps([request]):
+            yield from request.handle.new_events()
+        yield from request.handle.new_events()
+
+    def _steps(self, requests: Sequence[Request]) -> Iterator[None]:
+        """Yield after every step until the requests have ended; the others are cancelled if the caller stops."""
+        scheduler = self.scheduler
+        with self._lock:
+            for request in requests:
+                scheduler.add(request)
+        try:
+            while not all(request.handle.done for request in requests):
+                with self._lock, torch.inference_mode():
+                    self._step(scheduler)
+                yield
+        finally:
+            self._close(scheduler, requests)
+
+    def _step(self, scheduler: Scheduler) -> None:
+        try:
+            scheduler.step()
+        except torch.AcceleratorError:
+            raise
+        except BaseException as error:
+            # The step is incomplete, also for requests of other threads.
+            scheduler.fail(error)
+            raise
+
+    def _close(self, scheduler: Scheduler, requests: Sequence[Request]) -> None:
+        for request in requests:
+            request.handle.cancelled = not request.handle.done
+        # The garbage collector may close a stream inside a step, also of this thread; the next step ends its request.
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            for request in requests:
+                if not request.handle.done:
+                    scheduler.end(request, CancelledError("the request was cancelled"))
+            if not self._engine.prefix_caching and not scheduler.running:
+                # The weights, and so the meaning of cached values, may change between calls.
+                scheduler.pool.drop_prefixes()
+        finally:
+            self._lock.release()
 
 
 def _stop_ids(model: VilaForConditionalGeneration, processor: VilaProcessor) -> frozenset[int]:

@@ -9,25 +9,17 @@ from __future__ import annotations
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vila.engine.attention import Attention
 from vila.families import attention_windows, unsupported_blocks
 from vila.model.modeling import VilaForConditionalGeneration
 
 # T tokens  H query heads  G KV heads  E head width  D model width  V vocab
-
-
-class Attention(Protocol):
-    """Attention over a KV cache."""
-
-    def attend(
-        self, layer: int, query_HTE: Tensor, key_GTE: Tensor, value_GTE: Tensor, scale: float | None, window: int | None
-    ) -> Tensor:
-        """Store new keys and values and return the attention of the new tokens, [T, H, E]."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,150 +1,272 @@
-"""Sampling parameters of a request, and the types of answers."""
+"""A request in progress: the answer so far, the state for the scheduler, and the handle for the caller."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from queue import SimpleQueue
 
-from vila.core.errors import ConfigError, near_names
+from torch import Tensor
 
-FinishReason = Literal["stop", "length"]
+from vila.core.errors import CancelledError, DeadlineError, VilaError
+from vila.engine.detokenize import Detokenizer, TextStream
+from vila.engine.kv_cache import KVRow
+from vila.engine.prompt_lookup import PromptLookup
+from vila.engine.sampler import Sampler
+from vila.engine.sampling_params import FinishReason, Generation, SamplingParams, TokenEvent, TokenLogprob
+from vila.engine.vision_cache import Prompt
+
+# S tokens  D model width
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How tokens are sampled and what ends an answer. Raises ConfigError that lists every invalid field.
+@dataclass
+class Answer:
+    """Collects tokens until a stop token or a stop string ends the answer.
 
-    The logits processors equal those of transformers, in its order: repetition penalty, temperature, top_k, top_p,
-    min_p. The last three have an effect only with a temperature above 0.
+    stop_ids:   tokens that end the answer and are not part of it.
+    stop_texts: strings that end it, also across token boundaries.
+    draft_tokens, accepted_tokens: statistics of prompt lookup.
     """
 
-    max_new_tokens: int = 128
-    """Maximum number of new tokens."""
-    temperature: float = 0.0
-    """0: greedy decoding. Above 0: logits are divided by it and tokens are sampled."""
-    top_k: int = 0
-    """Sample from the k most likely tokens; 0 disables it."""
-    top_p: float = 1.0
-    """Nucleus sampling: the most likely tokens with this total probability (arXiv 1904.09751); 1 disables it."""
-    min_p: float = 0.0
-    """Sample from tokens with at least this fraction of the maximum probability (arXiv 2407.01082); 0 disables it."""
-    repetition_penalty: float = 1.0
-    """Values above 1 penalize tokens of the prompt's text and the answer so far (arXiv 1909.05858); 1 disables it."""
-    stop: tuple[str, ...] = ()
-    """Strings that end an answer and are not part of it, in addition to those of the template; one or several."""
-    logprobs: int = 0
-    """Number of most likely alternatives to report with log-probabilities for each token; 0 reports none."""
-    seed: int = 0
-    """Seed of the sampling. Random numbers depend only on the seed and the index of the conversation in the batch."""
-    overlong: Literal["error", "truncate"] = "error"
-    """For a prompt too long for the context: raise an error, or drop its oldest exchanges."""
-    prompt_lookup_tokens: int = 0
-    """Prompt-lookup decoding: maximum number of draft tokens per step; 0 disables it. Used for single conversations;
-    does not change the output."""
-
-    def __post_init__(self) -> None:
-        given: Any = self.stop
-        object.__setattr__(self, "stop", (given,) if isinstance(given, str) else tuple(given))
-        if problems := list(self._problems()):
-            raise ConfigError.collect("sampling", problems)
-
-    def _problems(self) -> Iterator[str]:
-        if not (_is_int(self.max_new_tokens) and self.max_new_tokens >= 1):
-            yield f"max_new_tokens={self.max_new_tokens!r}: expected an integer from 1"
-        if not (_is_real(self.temperature) and (self.temperature == 0 or self.temperature >= 1e-6)):
-            yield f"temperature={self.temperature!r}: expected 0 (greedy) or a number from 0.000001"
-        if not (_is_int(self.top_k) and self.top_k >= 0):
-            yield f"top_k={self.top_k!r}: expected an integer from 1, or 0 to disable it"
-        if not (_is_real(self.top_p) and 0 < self.top_p <= 1):
-            yield f"top_p={self.top_p!r}: expected a number above 0 and at most 1 (disabled)"
-        if not (_is_real(self.min_p) and 0 <= self.min_p <= 1):
-            yield f"min_p={self.min_p!r}: expected a number from 0 (disabled) to 1"
-        if not (_is_real(self.repetition_penalty) and self.repetition_penalty > 0):
-            yield f"repetition_penalty={self.repetition_penalty!r}: expected a number above 0; 1 disables it"
-        if any(not isinstance(stop, str) or not stop for stop in self.stop):
-            yield f"stop={self.stop!r}: expected non-empty strings"
-        if not (_is_int(self.logprobs) and self.logprobs >= 0):
-            yield f"logprobs={self.logprobs!r}: expected an integer from 1, or 0 for none"
-        if not (_is_int(self.seed) and 0 <= self.seed < 2**63):
-            yield f"seed={self.seed!r}: expected an integer from 0 to 2**63 - 1"
-        if not (_is_int(self.prompt_lookup_tokens) and self.prompt_lookup_tokens >= 0):
-            yield f"prompt_lookup_tokens={self.prompt_lookup_tokens!r}: expected an integer from 1, or 0 to disable it"
-        if self.overlong not in ("error", "truncate"):
-            yield f"overlong={self.overlong!r}: expected 'error' or 'truncate'"
-
-
-def choose_sampling(sampling: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
-    """Return `sampling`, or SamplingParams from `options`. Raises ConfigError for both and for unknown names."""
-    if sampling is not None and options:
-        raise ConfigError(
-            f"both sampling and {', '.join(options)} were given",
-            hint="pass one SamplingParams, or only keyword options",
-        )
-    known = [field.name for field in fields(SamplingParams)]
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise ConfigError.collect("sampling", [_unknown(name, known) for name in unknown])
-    return sampling or SamplingParams(**options)
-
-
-def _unknown(name: str, known: list[str]) -> str:
-    near = near_names(name, known, 1)
-    return f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A token with its log-probability, and the most likely tokens with theirs in descending order.
-
-    Log-probabilities are those of the model, before penalties, temperature and truncation.
-    """
-
-    id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """An answer.
-
-    text:             stripped of whitespace at both ends.
-    ids:              the new tokens without the final stop token.
-    finish:           `stop`: a stop token or string; `length`: max_new_tokens.
-    prompt_tokens:    tokens of the prompt, including image placeholders.
-    logprobs:         one entry per token if `SamplingParams.logprobs` is set, else empty.
-    dropped_messages: number of oldest messages that `overlong="truncate"` dropped.
-    draft_tokens, accepted_tokens: tokens drafted by prompt lookup, and how many of them were accepted.
-    """
-
-    text: str
-    ids: tuple[int, ...]
-    finish: FinishReason
-    prompt_tokens: int
-    logprobs: tuple[TokenLogprob, ...] = ()
-    dropped_messages: int = 0
+    detokenizer: Detokenizer
+    stop_ids: frozenset[int]
+    stop_texts: tuple[str, ...]
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: FinishReason | None = None
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    _cut: int | None = None
+    _num_detokenized: int = 0
+
+    def __post_init__(self) -> None:
+        self._stream = TextStream(self.detokenizer)
+        self._longest_stop = max(map(len, self.stop_texts), default=0)
+
+    def take(self, token: int, logprob: TokenLogprob | None = None) -> bool:
+        """Add a token; return False if the answer has ended."""
+        if token in self.stop_ids:
+            self.finish = "stop"
+            return False
+        self.ids.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        if self.stop_texts:
+            self._find_stop_strings()
+        return self.finish is None
+
+    def _find_stop_strings(self) -> None:
+        # Settled text was searched before, but a stop string may begin near its end.
+        start = max(0, len(self._stream.settled) - self._longest_stop + 1)
+        self._detokenize()
+        text = self._stream.settled[start:] + self._stream.unsettled
+        places = [place for stop in self.stop_texts if (place := text.find(stop)) >= 0]
+        if places:
+            self._cut, self.finish = start + min(places), "stop"
+
+    def _detokenize(self) -> None:
+        for token in self.ids[self._num_detokenized :]:
+            self._stream.take(token)
+        self._num_detokenized = len(self.ids)
 
     @property
-    def completion_tokens(self) -> int:
-        """Number of generated tokens."""
-        return len(self.ids)
+    def text(self) -> str:
+        """The whole text so far, without a final stop string."""
+        return self.detokenizer.decode(self.ids)[: self._cut]
+
+    @property
+    def final_text(self) -> str:
+        """Text that later tokens cannot change: without partial characters and possible beginnings of stop strings."""
+        if self.finish is not None:
+            return self.text
+        self._detokenize()
+        text = self._stream.settled
+        held = max((_overlap(text, stop) for stop in self.stop_texts), default=0)
+        return text[: len(text) - held]
+
+    def generation(self, prompt_tokens: int, dropped_messages: int = 0) -> Generation:
+        """Return the finished answer; without a stop condition its finish reason is `length`."""
+        return Generation(
+            self.text.strip(),
+            tuple(self.ids),
+            self.finish or "length",
+            prompt_tokens,
+            tuple(self.logprobs),
+            dropped_messages,
+            self.draft_tokens,
+            self.accepted_tokens,
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """An event of a streamed answer: text that is final, and the finish reason on the last event."""
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest suffix of `text` that is a prefix of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
-    text: str
-    finish: FinishReason | None = None
+
+OnEvent = Callable[[TokenEvent | BaseException], None]
+
+
+def _nothing() -> None:
+    """Default of `on_cancel`."""
+
+
+class RequestHandle:
+    """Handle of a submitted request: cancels it and reads its answer."""
+
+    def __init__(
+        self, prompt_tokens: int, answer: Answer, dropped: int, on_event: OnEvent | None = None, *, streams: bool = True
+    ) -> None:
+        """on_event: called with every event; streams: whether text is sent before the answer is complete."""
+        self.prompt_tokens, self.streams = prompt_tokens, streams
+        self.cached_tokens = 0
+        """Prompt tokens found in the prefix cache; set when the request is admitted."""
+        self.cancelled = False
+        self._answer, self._dropped, self._on_event = answer, dropped, on_event
+        self._events: SimpleQueue[TokenEvent | BaseException] = SimpleQueue()
+        self._ended = threading.Event()
+        self._error: BaseException | None = None
+        self.on_cancel: Callable[[], None] = _nothing
+
+    def cancel(self) -> None:
+        """Cancel the request: it ends with CancelledError at the next step, unless it has already ended."""
+        self.cancelled = True
+        self.on_cancel()
+
+    @property
+    def done(self) -> bool:
+        """Whether the request has ended."""
+        return self._ended.is_set()
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """Log-probabilities of the tokens so far, if requested."""
+        return list(self._answer.logprobs)
+
+    def generation(self, timeout: float | None = None) -> Generation:
+        """Wait for the answer and return it. Raises the request's error, or TimeoutError after `timeout` seconds."""
+        if not self._ended.wait(timeout):
+            raise TimeoutError(f"the answer is not complete after {timeout} s")
+        if self._error is not None:
+            raise self._error
+        return self._answer.generation(self.prompt_tokens, self._dropped)
+
+    def events(self) -> Iterator[TokenEvent]:
+        """Yield the pieces of the answer, and wait for them. Raises the request's error."""
+        while True:
+            event = self._events.get()
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+            if event.finish:
+                return
+
+    def new_events(self) -> Iterator[TokenEvent]:
+        """Yield the pieces since the last call, without waiting. Raises the request's error."""
+        while not self._events.empty():
+            event = self._events.get()
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+
+    def put(self, event: TokenEvent | BaseException) -> None:
+        """Pass an event to the owner; the last one ends the request."""
+        if isinstance(event, BaseException):
+            self._error = event
+        self._events.put(event)
+        if isinstance(event, BaseException) or event.finish:
+            self.on_cancel = _nothing
+            self._ended.set()
+        if self._on_event is not None:
+            self._on_event(event)
+
+
+@dataclass(eq=False)
+class Request:
+    """State of a request in the scheduler.
+
+    keys:     content key of each prompt position, comparable between requests; see `content_keys`.
+    targets:  for scoring: prompt position -> token id whose log-probability is wanted there. Such a request ends after
+              prefill, and its answer is `scores`, in order of the positions.
+    pixels:   preprocessed images by key; others are preprocessed when they are needed.
+    owner:    client name for fair scheduling.
+    kv_row:   the KV row while the request is running.
+    embeds_SD: embeddings of the prompt from position `embedded_from`, during prefill.
+    done:     tokens of the prompt and the answer whose keys and values are in the KV row.
+    token:    last sampled token, -1 during prefill.
+    taken:    number of sampled tokens.
+    shown:    characters of the answer sent to the owner.
+    lookup:   draft tokens of prompt lookup, if the request uses it.
+    """
+
+    handle: RequestHandle
+    prompt: Prompt
+    keys: list[int]
+    sampling: SamplingParams
+    answer: Answer
+    sampler: Sampler
+    targets: Mapping[int, int] = field(default_factory=dict)
+    pixels: Mapping[str, Tensor] = field(default_factory=dict)
+    deadline: float = math.inf
+    owner: str = ""
+    begun: float = field(default_factory=time.monotonic)
+    kv_row: KVRow | None = None
+    embeds_SD: Tensor | None = None
+    embedded_from: int = 0
+    done: int = 0
+    token: int = -1
+    taken: int = 0
+    shown: int = 0
+    draft: list[int] = field(default_factory=list)
+    lookup: PromptLookup | None = None
+    scores: list[float] = field(default_factory=list)
+
+    @property
+    def columns(self) -> int:
+        """Tokens that the KV row must hold: the prompt and the longest answer without its last token."""
+        return len(self.keys) + (0 if self.targets else self.sampling.max_new_tokens - 1)
+
+    @property
+    def max_shared(self) -> int | None:
+        """Maximum length of a reused prefix: a score needs the logits before its token. None: no limit."""
+        return min(self.targets) - 1 if self.targets else None
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether prefill is complete, so that each step samples a token."""
+        return self.token >= 0
+
+    @property
+    def own_row(self) -> KVRow:
+        """The KV row of a running request."""
+        assert self.kv_row is not None
+        return self.kv_row
+
+    def ending_error(self, now: float) -> VilaError | None:
+        """Return the error of a cancelled or timed-out request, None for others."""
+        if self.handle.cancelled:
+            return CancelledError("the request was cancelled")
+        if now >= self.deadline:
+            return DeadlineError(
+                f"the answer was not complete within {self.deadline - self.begun:.3g} s ({self.taken} tokens)"
+            )
+        return None
+
+    def take(self, token: int, logprob: TokenLogprob | None) -> TokenEvent | None:
+        """Add a token to the answer; return the event for the owner, with `finish` for the last token."""
+        answer = self.answer
+        is_open = answer.take(token, logprob)
+        self.token = token
+        self.taken += 1
+        if not is_open or self.taken >= self.sampling.max_new_tokens:
+            return TokenEvent(answer.text[self.shown :], answer.finish or "length")
+        if not self.handle.streams:
+            return None
+        text = answer.final_text
+        if len(text) <= self.shown:
+            return None
+        event = TokenEvent(text[self.shown :])
+        self.shown = len(text)
+        return event

@@ -1,24 +1,25 @@
-"""Scheduler of the running batch: chunked prefill and decode steps of all requests in one forward pass."""
+"""Scheduler: admits requests, and runs chunked prefill, decoding and draft verification of all in one forward pass."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vila.core.errors import CancelledError, ClosedError, DeadlineError, NumericsError
-from vila.core.types import Image
-from vila.engine.decode import TokenSampler
-from vila.engine.kv_rows import KVRow, KVRows
-from vila.engine.model_runner import ModelRunner
-from vila.engine.ragged_attention import TokenRange
-from vila.engine.request import TokenEvent, TokenLogprob
-from vila.engine.request_handle import Request
+from vila.core.errors import CancelledError, ClosedError, ContextOverflowError, DeadlineError, NumericsError
+from vila.engine.attention import ForwardBatch, TokenRange
+from vila.engine.kv_cache import KVCachePool
+from vila.engine.request import Request
+from vila.engine.runner_torch import ModelRunner
+from vila.engine.sampling_params import TokenEvent
 from vila.engine.vision_cache import HashedImage
+
+# S tokens  D model width  N positions with logits  V vocab
 
 _log = logging.getLogger(__name__)
 
@@ -43,82 +44,49 @@ class SchedulerCounts:
 
 
 class Scheduler:
-    """The running requests, in order of admission, and their joint steps."""
+    """The waiting and the running requests, and their joint steps."""
 
-    def __init__(
-        self, run: ModelRunner, rows: KVRows, chunk: int, to_pixels: Callable[[Sequence[Image]], Tensor]
-    ) -> None:
-        """chunk: maximum prompt tokens per step, including image placeholders."""
-        self.run, self.rows, self.chunk, self.to_pixels = run, rows, chunk, to_pixels
+    def __init__(self, runner: ModelRunner, pool: KVCachePool, prefill_chunk: int) -> None:
+        """prefill_chunk: maximum prompt tokens per step, including image placeholders."""
+        self.runner, self.pool, self.prefill_chunk = runner, pool, prefill_chunk
+        self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        """In order of admission."""
         self.counts = SchedulerCounts()
         self.seconds = 0.0
         """Moving average of the time from submission to the end of an answer."""
 
-    def add(self, request: Request, row: KVRow) -> None:
-        """Add a request with its KV row."""
-        request.kv_row, request.done = row, len(row.content)
-        request.handle.cached_tokens = request.done
-        self.counts.prompt_tokens += len(request.keys)
-        self.counts.cached_prompt_tokens += request.done
-        self.running.append(request)
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        self.waiting.append(request)
 
     def step(self) -> None:
-        """Run one step: end cancelled requests, encode new images, run the model, sample and send events."""
+        """Run one step: end cancelled requests, admit waiting ones, run the model, sample and send events."""
         now = time.monotonic()
-        for request in list(self.running):
+        for request in (*self.waiting, *self.running):
             if error := request.ending_error(now):
                 self.end(request, error)
+        self._admit()
         prefills = [(request, count) for request, count in self._schedule_prefills() if self._embed(request)]
         decodes = sorted((r for r in self.running if r.is_decoding), key=lambda r: r.own_row.row)
-        if prefills or decodes:
-            self._compute(decodes, prefills)
-
-    def _compute(self, decodes: Sequence[Request], prefills: Sequence[tuple[Request, int]]) -> None:
-        """Run one forward pass for these requests. If it fails, run each alone, and end those that fail again.
-
-        A pass writes only KV columns that no completed step has filled, so it can be repeated.
-        """
-        ready = [number for number, (r, count) in enumerate(prefills) if r.done + count == len(r.keys)]
-        failure = None
-        try:
-            logits_NV = self.run.forward(
-                [(TokenRange(r.own_row.row, r.done, 1), r.token) for r in decodes],
-                [self._prefill_chunk(request, count) for request, count in prefills],
-                ready,
-            )
-        except Exception as error:  # noqa: BLE001 - an error caused by one request must not end the others
-            failure = _isolated(error)
-        if failure is not None:
-            if len(decodes) + len(prefills) == 1:
-                self._fail(decodes[0] if decodes else prefills[0][0], failure)
-                return
-            _log.warning(
-                "a step of %d requests failed (%s); retrying each alone", len(decodes) + len(prefills), failure
-            )
-            for request in decodes:
-                self._compute([request], [])
-            for prefill in prefills:
-                self._compute([], [prefill])
-            return
-        self.counts.steps += 1
-        for request in decodes:
-            request.own_row.content.append(request.token)
-            request.done += 1
-        for request, count in prefills:
-            request.own_row.content += request.keys[request.done : request.done + count]
-            request.done += count
-        self._sample([*decodes, *(prefills[number][0] for number in ready)], logits_NV)
+        work = [(request, self._decode_range(request)) for request in decodes]
+        # Single tokens first: they share one attention call.
+        work.sort(key=lambda item: item[1].count > 1)
+        work += [(request, self._prefill_range(request, count)) for request, count in prefills]
+        if work:
+            self._compute(work)
 
     def end(self, request: Request, outcome: TokenEvent | BaseException) -> None:
-        """Remove a request from the batch and send its last event or error."""
+        """Remove a request and send its last event or error."""
         if request in self.running:
             self.running.remove(request)
             # A failed step may leave values that are not finite, which would spread even through masked attention.
             if isinstance(outcome, (TokenEvent, CancelledError, DeadlineError, ClosedError)):
-                self.rows.release(request.own_row)
+                self.pool.release(request.own_row)
             else:
-                self.rows.forget(request.own_row)
+                self.pool.forget(request.own_row)
+        elif request in self.waiting:
+            self.waiting.remove(request)
         if isinstance(outcome, TokenEvent):
             self.counts.finished += 1
             self.seconds += (time.monotonic() - request.begun - self.seconds) / min(self.counts.finished, _AVERAGED)
@@ -130,10 +98,141 @@ class Scheduler:
 
     def fail(self, error: BaseException) -> None:
         """End all running requests with the error of a step, and clear the KV cache, whose content may be invalid."""
-        failed = list(self.running)
-        for request in failed:
+        for request in list(self.running):
             self.end(request, error)
-        self.rows.forget_all()
+        self.pool.forget_all()
+
+    def _admit(self) -> None:
+        """Admit waiting requests while KV rows are free, first those of the owner with the fewest running requests.
+
+        A request whose prefix another one is about to compute waits for it without holding up the others.
+        """
+        while request := self._next():
+            try:
+                row = self.pool.allocate(request.keys, request.columns, request.max_shared)
+            except Exception as error:
+                self.end(request, error)
+                raise
+            if row is None and self.running:
+                return
+            if row is None:
+                self.end(request, _too_long(request, self.pool.max_length))
+                continue
+            self.waiting.remove(request)
+            request.kv_row, request.done = row, len(row.content)
+            request.handle.cached_tokens = request.done
+            self.counts.prompt_tokens += len(request.keys)
+            self.counts.cached_prompt_tokens += request.done
+            self.running.append(request)
+
+    def _next(self) -> Request | None:
+        """Return the waiting request to admit next."""
+        if not self.waiting or not self.pool.has_free_row:
+            return None
+        running = Counter(request.owner for request in self.running)
+        for request in sorted(self.waiting, key=lambda request: running[request.owner]):
+            if not self.pool.is_prefix_coming(request.keys, request.max_shared):
+                return request
+        return None
+
+    def _decode_range(self, request: Request) -> TokenRange:
+        """Return the last token of a request, and its draft tokens, which this step verifies."""
+        if request.lookup is not None and len(self.running) == 1:
+            # No logits are needed after the last token.
+            request.draft = request.lookup.draft(request.sampling.max_new_tokens - request.taken - 1)
+            request.answer.draft_tokens += len(request.draft)
+        ids = [request.token, *request.draft]
+        return TokenRange(request.own_row.row, request.done, ids, outputs=range(len(ids)))
+
+    def _prefill_range(self, request: Request, count: int) -> TokenRange:
+        assert request.embeds_SD is not None
+        first, end = request.done - request.embedded_from, request.done + count
+        if request.targets:
+            outputs = [place - 1 - request.done for place in request.targets if request.done < place <= end]
+        else:
+            outputs = [count - 1] if end == len(request.keys) else []
+        ids = request.prompt.ids[request.done : end]
+        return TokenRange(request.own_row.row, request.done, ids, request.embeds_SD[first : first + count], outputs)
+
+    def _compute(self, work: Sequence[tuple[Request, TokenRange]]) -> None:
+        """Run one forward pass. If it fails, run each request alone, and end those that fail again.
+
+        A pass writes only KV columns that no completed step has filled, so it can be repeated.
+        """
+        failure = None
+        try:
+            logits_NV = self.runner.forward(ForwardBatch([tokens for _, tokens in work]))
+        except Exception as error:  # noqa: BLE001 - an error caused by one request must not end the others
+            failure = _isolated(error)
+        if failure is not None:
+            if len(work) == 1:
+                self._fail(work[0][0], failure)
+                return
+            _log.warning("a step of %d requests failed (%s); retrying each alone", len(work), failure)
+            for item in work:
+                self._compute([item])
+            return
+        self.counts.steps += 1
+        for request, tokens in work:
+            request.own_row.content += (
+                tokens.ids if request.is_decoding else request.keys[request.done : request.done + tokens.count]
+            )
+            request.done += tokens.count
+        self._take_logits(work, logits_NV)
+
+    def _take_logits(self, work: Sequence[tuple[Request, TokenRange]], logits_NV: Tensor) -> None:
+        """Sample tokens, or read the scores, from the logits of a step."""
+        greedy_N = logits_NV.argmax(-1)
+        is_finite = logits_NV.gather(1, greedy_N[:, None])[:, 0].isfinite().tolist()
+        greedy = greedy_N.tolist()
+        first = 0
+        for request, tokens in work:
+            places = slice(first, first + len(tokens.outputs))
+            first = places.stop
+            if request.done >= len(request.keys):
+                request.embeds_SD, request.own_row.expected = None, ()
+            if not all(is_finite[places]):
+                problem = f"the model's logits are not finite after {request.done} tokens"
+                self.end(request, NumericsError(problem, hint="check the weights and the dtype"))
+                continue
+            try:
+                if request.targets:
+                    event = _score(request, tokens, logits_NV[places])
+                else:
+                    event = self._sample(request, logits_NV[places], greedy[places])
+            except Exception as error:  # noqa: BLE001 - an error caused by one request must not end the others
+                _log.exception("a request failed")
+                self.end(request, error)
+                continue
+            if event is not None:
+                self.end(request, event)
+
+    def _sample(self, request: Request, logits_NV: Tensor, greedy: Sequence[int]) -> TokenEvent | None:
+        """Sample the next token, and one after each accepted draft token; return the last event of the answer.
+
+        Every token is sampled from the model's own logits in order, so drafts do not change the answer.
+        """
+        if not greedy:
+            return None
+        draft, request.draft = request.draft, []
+        for place, most_likely in enumerate(greedy):
+            token, report = request.sampler.sample(logits_NV[place : place + 1], most_likely)
+            event = request.take(token, report)
+            self.counts.new_tokens += 1
+            if request.lookup is not None:
+                request.lookup.append(token)
+            if event is not None and event.finish:
+                break
+            if event is not None:
+                self._send(request, event)
+            if place == len(draft) or draft[place] != token:
+                break
+        request.done -= len(draft) - place
+        del request.own_row.content[request.done :]
+        if request.lookup is not None:
+            request.answer.accepted_tokens += place
+            request.lookup.update(len(draft), place)
+        return event if event is not None and event.finish else None
 
     def _schedule_prefills(self) -> list[tuple[Request, int]]:
         """Encode new images, and return how many tokens of which prompts to prefill in this step.
@@ -141,7 +240,7 @@ class Scheduler:
         An image costs as many tokens as its placeholders, because running answers wait for the tower too; without
         running answers it costs nothing. An image larger than a whole step is encoded in a step of its own.
         """
-        budget, is_free = self.chunk, not any(request.is_decoding for request in self.running)
+        budget, is_free = self.prefill_chunk, not any(request.is_decoding for request in self.running)
         new_images: dict[str, tuple[HashedImage, Request]] = {}
         scheduled = []
         for request in self.running:
@@ -150,7 +249,7 @@ class Scheduler:
             for image, cost in self._uncached_images(request):
                 if image.key in new_images:
                     continue
-                if len(new_images) >= _TOWER_BATCH or (not is_free and cost > budget < self.chunk):
+                if len(new_images) >= _TOWER_BATCH or (not is_free and cost > budget < self.prefill_chunk):
                     break
                 new_images[image.key] = (image, request)
                 budget -= 0 if is_free else cost
@@ -179,7 +278,7 @@ class Scheduler:
             return
         failure = None
         try:
-            self.run.encode([image for image, _, _ in ready], torch.stack([pixels for _, _, pixels in ready]))
+            self.runner.encode([image for image, _, _ in ready], torch.stack([pixels for _, _, pixels in ready]))
         except Exception as error:  # noqa: BLE001 - an error caused by one image must not end other requests
             failure = _isolated(error)
         if failure is None:
@@ -202,58 +301,21 @@ class Scheduler:
             return []
         placed = zip(request.prompt.runs, request.prompt.images, strict=True)
         wanted = {image: count for (start, count), image in placed if start + count > request.done}
-        return [(image, wanted[image]) for image in self.run.features.missing(list(wanted))]
+        return [(image, wanted[image]) for image in self.runner.features.missing(list(wanted))]
 
     def _pixels(self, image: HashedImage, request: Request) -> Tensor:
         # An image that was cached at submission may have been evicted since.
         pixels = request.pixels.get(image.key)
-        return self.to_pixels([image.image])[0] if pixels is None else pixels
+        return image.preprocess() if pixels is None else pixels
 
     def _embed(self, request: Request) -> bool:
         """Embed a prompt once all of its images are encoded; return whether its embeddings are ready."""
         if request.embeds_SD is None and not self._uncached_images(request):
             try:
-                request.embeds_SD, request.embedded_from = self.run.embed(request.prompt, request.done)
+                request.embeds_SD, request.embedded_from = self.runner.embed(request.prompt, request.done)
             except Exception as error:  # noqa: BLE001 - an error caused by one prompt must not end other requests
                 self._fail(request, _isolated(error))
         return request.embeds_SD is not None
-
-    def _prefill_chunk(self, request: Request, count: int) -> tuple[TokenRange, Tensor]:
-        assert request.embeds_SD is not None
-        first = request.done - request.embedded_from
-        return TokenRange(request.own_row.row, request.done, count), request.embeds_SD[first : first + count]
-
-    def _sample(self, requests: Sequence[Request], logits_NV: Tensor) -> None:
-        """Sample a token for each request, in the order of the rows of the logits."""
-        greedy_N = logits_NV.argmax(-1)
-        is_finite = logits_NV.gather(1, greedy_N[:, None])[:, 0].isfinite().tolist()
-        for index, (request, token, finite) in enumerate(zip(requests, greedy_N.tolist(), is_finite, strict=True)):
-            request.embeds_SD = None
-            request.own_row.expected = ()
-            if not finite:
-                problem = f"the model's logits are not finite after {request.done} tokens"
-                self.end(request, NumericsError(problem, hint="check the weights and the dtype"))
-                continue
-            try:
-                event = request.take(*self._sample_token(request, token, logits_NV[index : index + 1]))
-            except Exception as error:  # noqa: BLE001 - an error caused by one request must not end the others
-                _log.exception("a request failed")
-                self.end(request, error)
-                continue
-            self.counts.new_tokens += 1
-            if event is not None and event.finish:
-                self.end(request, event)
-            elif event is not None:
-                self._send(request, event)
-
-    def _sample_token(self, request: Request, greedy: int, logits_1V: Tensor) -> tuple[int, TokenLogprob | None]:
-        sampling = request.sampling
-        if sampling.temperature == 0 and sampling.repetition_penalty == 1 and not sampling.logprobs:
-            return greedy, None
-        if request.sampler is None:
-            request.sampler = TokenSampler(sampling, [request.prompt], [0], logits_1V)
-        ids_1, reports = request.sampler.sample(logits_1V)
-        return int(ids_1), reports[0]
 
     def _send(self, request: Request, event: TokenEvent | BaseException) -> None:
         try:
@@ -261,6 +323,23 @@ class Scheduler:
         except Exception:  # noqa: BLE001 - an error in one owner's callback must not end other requests
             _log.exception("on_event failed; the request is cancelled")
             request.handle.cancelled = True
+
+
+def _score(request: Request, tokens: TokenRange, logits_NV: Tensor) -> TokenEvent | None:
+    """Add the log-probabilities of a chunk's targets; return the last event when the prompt is complete."""
+    if tokens.outputs:
+        targets = [request.targets[tokens.start + place + 1] for place in tokens.outputs]
+        logprobs_NV = logits_NV.log_softmax(-1)
+        request.scores += logprobs_NV[range(len(targets)), targets].tolist()
+    return TokenEvent("", "stop") if request.done == len(request.keys) else None
+
+
+def _too_long(request: Request, max_length: int) -> ContextOverflowError:
+    return ContextOverflowError(
+        f"the prompt has {len(request.keys)} tokens and the answer up to {request.sampling.max_new_tokens}, "
+        f"but the KV cache holds {max_length}",
+        hint="shorten them",
+    )
 
 
 def _isolated(error: Exception) -> Exception:

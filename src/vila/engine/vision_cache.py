@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,20 +12,22 @@ from torch import Tensor
 
 from vila.chat.tokenize import Tokens
 from vila.core.types import Image
+from vila.model.processor import VilaProcessor
 
-# N images  P patches  C tower width
+# N images  P patches  C tower width  H, W pixels
 
 _MAX_IMAGES = 256
-_TOWER_BATCH = 32
-"""Images per forward pass of the tower, which bounds its memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class HashedImage:
-    """An image and the hash of its content, by which two images compare equal."""
+    """An image with the hash of its content and its preprocessing, by which two images compare equal.
+
+    preprocess: pixel values [3, H, W].
+    """
 
     key: str
-    image: Image = field(compare=False)
+    preprocess: Callable[[], Tensor] = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,41 +39,38 @@ class Prompt:
     images: tuple[HashedImage, ...] = ()
 
 
-def build_prompt(tokens: Tokens) -> Prompt:
+def build_prompt(tokens: Tokens, processor: VilaProcessor) -> Prompt:
     """Return the prompt of a tokenized conversation, whose videos are already expanded to images."""
-    images = [medium for medium in tokens.media if isinstance(medium, Image)]
-    return Prompt(tokens.ids, tuple(tokens.runs), tuple(HashedImage(image.key(), image) for image in images))
+    settings = repr(processor.spec)
+
+    def hashed(image: Image) -> HashedImage:
+        key = hashlib.sha256(f"{image.key()}{settings}".encode()).hexdigest()
+        return HashedImage(key, lambda: processor.pixels([image])[0])
+
+    return Prompt(tokens.ids, tuple(tokens.runs), tuple(hashed(one) for one in tokens.media if isinstance(one, Image)))
 
 
 class VisionCache:
-    """LRU cache of tower features by image content.
+    """LRU cache of tower features [P, C] by image."""
 
-    compute: features [N, P, C] of N images.
-    kept:    maximum number of images.
-    """
-
-    def __init__(self, compute: Callable[[Sequence[Image]], Tensor], kept: int = _MAX_IMAGES) -> None:
-        self.compute, self.kept = compute, kept
+    def __init__(self, max_images: int = _MAX_IMAGES) -> None:
+        self.max_images = max_images
         self._features: OrderedDict[str, Tensor] = OrderedDict()
 
     def __call__(self, images: Sequence[HashedImage]) -> Tensor:
-        """Return features [N, P, C]; images that are not cached are computed, equal ones once."""
-        missing = self.missing(images)
-        for start in range(0, len(missing), _TOWER_BATCH):
-            batch = missing[start : start + _TOWER_BATCH]
-            self.add(batch, self.compute([hashed.image for hashed in batch]))
-        for hashed in images:
-            self._features.move_to_end(hashed.key)
-        out = torch.stack([self._features[hashed.key] for hashed in images])
-        while len(self._features) > self.kept:
+        """Return the features [N, P, C] of images that are all cached, and evict the oldest beyond the limit."""
+        for image in images:
+            self._features.move_to_end(image.key)
+        out = torch.stack([self._features[image.key] for image in images])
+        while len(self._features) > self.max_images:
             self._features.popitem(last=False)
         return out
 
-    def missing(self, images: Sequence[HashedImage]) -> list[HashedImage]:
+    def missing(self, images: Iterable[HashedImage]) -> list[HashedImage]:
         """Return the images that are not cached, equal ones once."""
-        return list({hashed.key: hashed for hashed in images if hashed.key not in self._features}.values())
+        return list({image.key: image for image in images if image.key not in self._features}.values())
 
     def add(self, images: Sequence[HashedImage], features_NPC: Tensor) -> None:
-        """Add features that were computed elsewhere. The next `__call__` evicts the oldest beyond the limit."""
+        """Add features."""
         # Copies: a view would keep the whole batch alive as long as any of its images.
-        self._features.update((hashed.key, row.clone()) for hashed, row in zip(images, features_NPC, strict=True))
+        self._features.update((image.key, row.clone()) for image, row in zip(images, features_NPC, strict=True))

@@ -18,7 +18,7 @@ from vila.core.errors import ConfigError, DataError
 from vila.core.registry import Registry
 from vila.core.types import Image, Message, Video
 from vila.core.vision_spec import ImageMode
-from vila.engine.request import SamplingParams
+from vila.engine.sampling_params import SamplingParams
 
 ScoringProtocol = Literal["upstream", "lmms-eval"]
 """Scoring rules: those of the published table, or those of lmms-eval where they differ."""

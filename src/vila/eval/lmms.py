@@ -18,7 +18,7 @@ from PIL import Image as PilImage
 from vila.core.errors import ConfigError, DataError
 from vila.core.system import current_process
 from vila.core.types import Image, Message, Part, Text, Video
-from vila.engine.request import SamplingParams
+from vila.engine.sampling_params import SamplingParams
 
 MODEL_ID = "vila_native"
 """lmms-eval's own model `vila` needs the original code base."""

@@ -28,7 +28,7 @@ from vila.core.errors import ConfigError, DataError, DownloadError, VilaError
 from vila.core.reading import parse_json
 from vila.core.types import Image, Message, Text, Video
 from vila.core.vision_spec import ImageMode
-from vila.engine.request import SamplingParams
+from vila.engine.sampling_params import SamplingParams
 from vila.media.http import api_client, retry_after_s
 from vila.media.image import open_image, open_source, orientation_of
 from vila.media.video import open_frames

@@ -18,7 +18,7 @@ from vila.core.reading import Fields, read_json_object
 from vila.core.system import ProcessInfo
 from vila.core.types import Message, Text
 from vila.core.vision_spec import ImageMode
-from vila.engine.request import SamplingParams
+from vila.engine.sampling_params import SamplingParams
 from vila.eval.benchmark import Benchmark, BenchmarkResult, Item, ScoringProtocol, exact_match
 from vila.eval.predictions import Predictions, predicted_answers, read_predictions, write_question_scores
 from vila.eval.significance import score_interval

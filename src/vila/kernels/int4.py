@@ -270,6 +270,7 @@ class Int4Linear(nn.Module):
         self.register_buffer("scales", torch.zeros(out_features, groups, dtype=scale_dtype, device=device))
         self.register_buffer("zeros", torch.zeros(out_features, groups, dtype=torch.uint8, device=device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=scale_dtype, device=device) if bias else None)
+        self.is_released = False
         self._backend: Int4Backend = BACKEND
         self._dtype = scale_dtype
         self._operands: tuple[str, ...] = _STORED
@@ -307,12 +308,25 @@ class Int4Linear(nn.Module):
 
     @property
     def weight(self) -> Int4Weight:
-        """The stored weight, sharing its tensors."""
+        """The stored weight, sharing its tensors. Raises ConfigError after `release`."""
+        self._check_held()
         return Int4Weight(self.codes, self.scales, self.zeros, self.group_size)
 
     def set_weight(self, weight: Int4Weight) -> None:
         """Replace the tensors by another copy of the same weight, such as a slice of a fused one, to save memory."""
         self.codes, self.scales, self.zeros = weight.codes, weight.scales, weight.zeros
+
+    def release(self) -> None:
+        """Free the tensors, of which another runtime has its own copy; the layer cannot be used or saved any more."""
+        self.is_released = True
+        for name in ("codes", "scales", "zeros"):
+            setattr(self, name, getattr(self, name).to("meta"))
+
+    def _check_held(self) -> None:
+        if self.is_released:
+            raise ConfigError(
+                "the 4-bit weights of this model are held by onnxruntime only", hint="load it with backend='torch'"
+            )
 
     @property
     def backend(self) -> str:
@@ -340,6 +354,7 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O]."""
+        self._check_held()
         x_MI = x.reshape(-1, self.in_features)
         max_rows = self._backend.max_rows(x.device)
         in_range = max_rows is None or len(x_MI) <= max_rows

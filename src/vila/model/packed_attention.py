@@ -212,19 +212,33 @@ def _varlen_metadata(segments: tuple[Segment, ...], device: torch.device) -> Var
     )
 
 
+def wrap_attention(decoder: nn.Module, name: str, previous: str) -> None:
+    """Make the blocks of a transformers decoder use the registered attention function `name`.
+
+    previous: field of the blocks' config for the implementation before, to which `name` passes calls that are not its
+              own, so that several functions can be stacked.
+
+    The blocks get a copy of their config; the decoder's own config, which generation masks and saving read, stays
+    unchanged.
+    """
+    changed: dict[int, Any] = {}
+    for module in decoder.modules():
+        config: Any = getattr(module, "config", None)
+        if config is None or not isinstance(getattr(module, "layer_idx", None), int) or hasattr(config, previous):
+            continue
+        if id(config) not in changed:
+            changed[id(config)] = copy.copy(config)
+            setattr(changed[id(config)], previous, config._attn_implementation)
+            changed[id(config)]._attn_implementation_internal = name
+        module.config = changed[id(config)]
+
+
 def enable_packed_attention(decoder: nn.Module) -> None:
     """Switch the blocks of a transformers decoder to `packed_attention`, which reads `attention_layout=` of forward.
 
-    The blocks get a copy of the decoder's config; the decoder's own config, which generation masks and saving read,
-    stays unchanged. Gradient checkpointing, which calls the blocks again in backward, uses the same attention.
+    Gradient checkpointing, which calls the blocks again in backward, uses the same attention.
     """
-    config: Any = decoder.config
-    changed = copy.copy(config)
-    changed._attn_implementation_internal = ATTENTION_NAME
-    changed.unpacked_attn_implementation = config._attn_implementation
-    for module in decoder.modules():
-        if isinstance(getattr(module, "layer_idx", None), int) and getattr(module, "config", None) is config:
-            module.config = changed
+    wrap_attention(decoder, ATTENTION_NAME, "unpacked_attn_implementation")
 
 
 @torch.compiler.disable

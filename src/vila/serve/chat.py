@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from vila.core.errors import CancelledError, ContextOverflowError, DeadlineError
 from vila.core.types import Image, Message, Video
 from vila.engine.detokenize import decoder_of
-from vila.engine.request import SamplingParams, TokenEvent, TokenLogprob
+from vila.engine.sampling_params import SamplingParams, TokenEvent, TokenLogprob
 from vila.media.limits import DEFAULT_LIMITS, MediaLimits
 from vila.serve.errors import internal_error, to_api_error
 from vila.serve.messages import Limits, Threads, read_messages
@@ -29,7 +29,7 @@ from vila.serve.schema import ChatRequest
 
 if TYPE_CHECKING:
     from vila.engine.batcher import Batcher
-    from vila.engine.request_handle import RequestHandle
+    from vila.engine.request import RequestHandle
 
 _log = logging.getLogger("vila.serve")
 T = TypeVar("T")

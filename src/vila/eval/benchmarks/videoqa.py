@@ -18,7 +18,7 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.reading import read_json
 from vila.core.types import Message, Video
-from vila.engine.request import SamplingParams
+from vila.engine.sampling_params import SamplingParams
 from vila.eval.annotations import AnnotatedBenchmark, count_notes, format_ids, group_items
 from vila.eval.benchmark import (
     Answer,

@@ -11,8 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from vila.engine.request import SamplingParams
-from vila.engine.sampling import (
+from vila.engine.sampler import (
     draw,
     keep_min_p,
     keep_top_k,
@@ -23,6 +22,7 @@ from vila.engine.sampling import (
     scale_temperature,
     shape_logits,
 )
+from vila.engine.sampling_params import SamplingParams
 
 B, V = 6, 500
 

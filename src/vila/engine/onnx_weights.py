@@ -24,6 +24,7 @@ HEAD_BITS = (4, 8, 32)
 ActivationBits = Literal[8, 16, 32]
 ACTIVATION_BITS = (8, 16, 32)
 _GROUP_SIZES = (128, 64, 32, 16)
+_CHUNK_ROWS = 2048
 # Rotary embeddings whose angles do not depend on the sequence length.
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
@@ -81,10 +82,11 @@ class DecoderWeights:
 
 @torch.no_grad()
 def decoder_weights(
-    model: VilaForConditionalGeneration, weights: Mapping[str, Int4Weight], *, head_bits: HeadBits, capacity: int
+    model: VilaForConditionalGeneration, weights: Mapping[str, Int4Weight], *, head_bits: HeadBits, context: int
 ) -> DecoderWeights:
     """Return the weights of a model's LLM; `weights` replace those of Linears, by name.
 
+    context: maximum length of a sequence, for the rotary tables.
     Raises ConfigError with all problems for an unsupported model, unknown names or shapes in `weights`, and head_bits
     other than 4, 8 and 32.
     """
@@ -104,7 +106,7 @@ def decoder_weights(
     if problems:
         raise ConfigError.collect("onnx backend", problems)
     half = _head_width(config) // 2
-    cos, sin = decoder.rotary_emb(torch.zeros(1), torch.arange(capacity)[None])
+    cos, sin = decoder.rotary_emb(torch.zeros(1), torch.arange(context)[None])
     return DecoderWeights(
         blocks=tuple(
             _block(b, given, window) for b, window in zip(decoder.layers, attention_windows(config), strict=True)
@@ -144,14 +146,19 @@ def _block(block: Any, given: Mapping[nn.Module, Int4Weight], window: int | None
 
 def round_to_bytes(weight_OI: Tensor, group_size: int) -> Matrix:
     """Quantize a weight to 8 bits with a range per group that includes 0; ties round to even."""
-    groups = weight_OI.float().unflatten(-1, (-1, group_size))
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    scales = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
-    zeros = (-low / scales).round_().clamp_(0, 255)
-    codes = (groups / scales.unsqueeze(-1)).round_().add_(zeros.unsqueeze(-1)).clamp_(0, 255)
-    values, zero_bytes = codes.to(torch.uint8).numpy(), zeros.to(torch.uint8).numpy()
     O, I = weight_OI.shape  # noqa: E741
-    return Matrix(8, I, O, values, None, group_size, scales.numpy(), zero_bytes)
+    values = torch.empty(O, I // group_size, group_size, dtype=torch.uint8)
+    scales, zero_bytes = torch.empty(O, I // group_size), torch.empty(O, I // group_size, dtype=torch.uint8)
+    # Rows in chunks, because the temporary tensors would be several times larger than the result.
+    for rows in torch.arange(O).split(_CHUNK_ROWS):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        groups = weight_OI[part].float().unflatten(-1, (-1, group_size))
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        scales[part] = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
+        zeros = (-low / scales[part]).round_().clamp_(0, 255)
+        values[part] = (groups / scales[part].unsqueeze(-1)).round_().add_(zeros.unsqueeze(-1)).clamp_(0, 255)
+        zero_bytes[part] = zeros
+    return Matrix(8, I, O, values.numpy(), None, group_size, scales.numpy(), zero_bytes.numpy())
 
 
 def matrix_of(weight: Int4Weight, bias_O: Tensor | None = None) -> Matrix:

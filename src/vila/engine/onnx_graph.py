@@ -20,7 +20,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from vila.engine.onnx.weights import ActivationBits, Block, DecoderWeights, Matrix
+from vila.engine.onnx_weights import ActivationBits, Block, DecoderWeights, Matrix
 
 # B rows  S tokens of a step  D model width  H KV heads  C capacity  E head width  N positions with logits  V vocab
 

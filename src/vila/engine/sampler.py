@@ -1,4 +1,4 @@
-"""Logits processors and sampling: pure functions with the results of transformers' processors.
+"""Logits processors with the results of transformers' processors, and the sampler of a sequence.
 
 All functions are row-wise, so the sample of a row does not depend on the others.
 """
@@ -11,9 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vila.engine.request import SamplingParams, TokenLogprob
+from vila.engine.sampling_params import SamplingParams, TokenLogprob
+from vila.engine.vision_cache import Prompt
 
 # B batch rows  V vocab
+
+PLACEHOLDER = -1
+"""Stands for an image placeholder in the ids of `text_of`."""
 
 
 def penalize_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
@@ -90,3 +94,45 @@ def report_logprobs(logits_BV: Tensor, ids_B: Tensor, count: int) -> Sequence[To
         strict=True,
     )
     return [TokenLogprob(id_, own, tuple(zip(ids, values, strict=True))) for id_, own, ids, values in rows]
+
+
+class Sampler:
+    """Samples the tokens of one sequence; holds its random generator and the tokens for the repetition penalty."""
+
+    def __init__(self, sampling: SamplingParams, prompt: Prompt, index: int = 0) -> None:
+        """index: index of the conversation in its batch, which selects the random numbers."""
+        self.sampling, self._prompt = sampling, prompt
+        self._generator = row_generator(sampling.seed, index) if sampling.temperature else None
+        self._seen_1V: Tensor | None = None
+
+    def sample(self, logits_1V: Tensor, greedy: int) -> tuple[int, TokenLogprob | None]:
+        """Return the next token, and its log-probability report if requested. greedy: the most likely token."""
+        sampling = self.sampling
+        is_greedy = self._generator is None and sampling.repetition_penalty == 1
+        token = greedy if is_greedy else self._draw(logits_1V)
+        if not sampling.logprobs:
+            return token, None
+        return token, report_logprobs(logits_1V, torch.tensor([token], device=logits_1V.device), sampling.logprobs)[0]
+
+    def _draw(self, logits_1V: Tensor) -> int:
+        penalized = self.sampling.repetition_penalty != 1
+        if penalized and self._seen_1V is None:
+            self._seen_1V = torch.zeros_like(logits_1V, dtype=torch.bool)
+            self._seen_1V[0, [token for token in text_of(self._prompt) if token != PLACEHOLDER]] = True
+        shaped_1V = shape_logits(logits_1V, self._seen_1V, self.sampling)
+        if self._generator is None:
+            token = int(shaped_1V.argmax(-1))
+        else:
+            uniform = torch.rand((), dtype=torch.float64, generator=self._generator)
+            token = int(draw(shaped_1V, uniform[None].to(logits_1V.device)))
+        if self._seen_1V is not None:
+            self._seen_1V[0, token] = True
+        return token
+
+
+def text_of(prompt: Prompt) -> list[int]:
+    """Return the ids of a prompt, with `PLACEHOLDER` at image placeholders."""
+    ids = list(prompt.ids)
+    for start, count in prompt.runs:
+        ids[start : start + count] = [PLACEHOLDER] * count
+    return ids

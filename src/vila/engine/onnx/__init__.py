@@ -1,1 +1,0 @@
-"""Inference of the LLM with onnxruntime, on CPUs."""
