@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tests import tiny
 from tests.engine.fixtures import sentencepiece
-from vila.engine.detokenize import detokenizer_of
+from vila.chat.detokenize import detokenizer_of
 from vila.engine.request import Answer
 from vila.engine.sampling_params import TokenLogprob
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from vila.chat.detokenize import Detokenizer
 from vila.core.errors import ConfigError
 from vila.core.progress import SILENT, Events, task
 from vila.engine.attention import ForwardBatch, TokenRange
 from vila.engine.backend import choose_cuda_graph, choose_fast_decoder, choose_program, new_runner
-from vila.engine.detokenize import Detokenizer
 from vila.engine.kv_cache import KVCachePool
 from vila.engine.request import Answer, Request, RequestHandle
 from vila.engine.runner_torch import ModelRunner

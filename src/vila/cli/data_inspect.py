@@ -12,9 +12,9 @@ from rich.text import Text
 if TYPE_CHECKING:
     from PIL import Image as PilImage
 
+    from vila.chat.detokenize import Decode
     from vila.chat.tokenize import TokenizedSample
     from vila.core.types import Image
-    from vila.engine.detokenize import Decode
     from vila.report.html import Card
 
 _STYLES = {"supervised": "bold green", "context": "dim", "image": "magenta"}
@@ -39,7 +39,7 @@ def token_runs(sample: TokenizedSample, tokenizer: Any, tokens_per_image: int) -
     Text is decoded together with the preceding text, so that spaces and characters of several tokens are complete. A
     character that is split between two runs belongs to the second; at a fork, to each branch.
     """
-    from vila.engine.detokenize import decoder_of
+    from vila.chat.detokenize import decoder_of
 
     decode = decoder_of(tokenizer, skip_special_tokens=False)
     placeholders = sample.is_placeholder.cumsum().tolist()

@@ -44,7 +44,7 @@ from vila.core.progress import task
 from vila.core.types import Image, Message, Video
 
 if TYPE_CHECKING:
-    from vila.engine.detokenize import Decode
+    from vila.chat.detokenize import Decode
     from vila.engine.engine import Engine
     from vila.engine.sampling_params import Generation, SamplingParams, TokenEvent, TokenLogprob
     from vila.model.layouts.base import Checkpoint
@@ -224,7 +224,7 @@ def answer_json(answer: Generation, sampling: SamplingParams, tokenizer: Any) ->
     if sampling.prompt_lookup_tokens:
         content["draft_tokens"], content["accepted_tokens"] = answer.draft_tokens, answer.accepted_tokens
     if sampling.logprobs:
-        from vila.engine.detokenize import decoder_of
+        from vila.chat.detokenize import decoder_of
 
         decode = decoder_of(tokenizer, skip_special_tokens=False)
         content["logprobs"] = [_logprob_json(report, decode) for report in answer.logprobs]

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vila.core.errors import ConfigError
 from vila.engine.kv_cache import KVCache, aligned
-from vila.model.packed_attention import wrap_attention
+from vila.model.packed_attention import ATTENTION_NAME, wrap_attention
 
 # T tokens of a pass  S tokens of a range  D model width  B decode steps  R rows of the cache
 # H query heads  G KV heads  E head width  K columns
@@ -219,8 +219,12 @@ AttentionInterface.register(NAME, ragged_attention)
 def use_ragged_attention(decoder: nn.Module) -> None:
     """Make the blocks of a transformers decoder use `ragged_attention` when its forward gets `ragged=`.
 
-    Without that argument the decoder behaves as before.
+    Without that argument the decoder behaves as before. Raises ConfigError for other attention implementations.
     """
+    for name, module in decoder.named_modules():
+        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if hasattr(module, "layer_idx") and implementation not in (None, "sdpa", ATTENTION_NAME, NAME):
+            raise ConfigError(field=name, value=implementation, expected="attention 'sdpa'")
     wrap_attention(decoder, NAME, "fallback_attention")
 
 

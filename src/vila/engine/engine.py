@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from vila.chat.content import parse_messages
+from vila.chat.detokenize import detokenizer_of
 from vila.chat.fit import fit_prompt
 from vila.chat.tokenize import IGNORE, Tokens
 from vila.core.errors import CancelledError, ContextOverflowError, DataError
@@ -26,7 +27,6 @@ from vila.engine.backend import (
     choose_program,
     new_runner,
 )
-from vila.engine.detokenize import detokenizer_of
 from vila.engine.fast_decoder import FastDecoder
 from vila.engine.kv_cache import KVCachePool, content_keys
 from vila.engine.prompt_lookup import PromptLookup

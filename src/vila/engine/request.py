@@ -11,8 +11,8 @@ from queue import SimpleQueue
 
 from torch import Tensor
 
+from vila.chat.detokenize import Detokenizer, TextStream
 from vila.core.errors import CancelledError, DeadlineError, VilaError
-from vila.engine.detokenize import Detokenizer, TextStream
 from vila.engine.kv_cache import KVRow
 from vila.engine.prompt_lookup import PromptLookup
 from vila.engine.sampler import Sampler

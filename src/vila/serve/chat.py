@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from vila.chat.detokenize import decoder_of
 from vila.core.errors import CancelledError, ContextOverflowError, DeadlineError
 from vila.core.types import Image, Message, Video
-from vila.engine.detokenize import decoder_of
 from vila.engine.sampling_params import SamplingParams, TokenEvent, TokenLogprob
 from vila.media.limits import DEFAULT_LIMITS, MediaLimits
 from vila.serve.errors import internal_error, to_api_error

@@ -125,8 +125,12 @@ class Preflight:
         with self.collected(f"{field}.format"):
             format_ = FORMATS[entry.format]
             # Every format checks its options before it opens the path.
-            with self.collected(f"{field}.options"), suppress(DataError):
-                format_.open(_NOWHERE, _NOWHERE, **entry.options)
+            with self.collected(), suppress(DataError):
+                try:
+                    format_.open(_NOWHERE, _NOWHERE, **entry.options)
+                except ConfigError as error:
+                    error.field = f"{field}.{error.field or 'options'}"
+                    raise
         if not _exists(entry.path):
             self.absent[f"{field}.path"] = entry.path
         if entry.image_root and not Path(entry.image_root).exists():

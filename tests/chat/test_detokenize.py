@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests import tiny
 from tests.engine.fixtures import sentencepiece
-from vila.engine.detokenize import Detokenizer, TextStream, decoder_of, detokenizer_of
+from vila.chat.detokenize import Detokenizer, TextStream, decoder_of, detokenizer_of
 
 TOKENIZERS = {"byte-level": tiny.tokenizer, "sentencepiece": sentencepiece}
 
