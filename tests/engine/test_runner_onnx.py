@@ -291,6 +291,21 @@ def test_released_weights_do_not_change_logits(options):
     )
 
 
+def test_released_weights_of_several_formats_do_not_change_logits():
+    engine = torch_engine("qwen2")
+    # Block 1 has a group size and a dense layer that block 0, which is probed, does not have.
+    chosen = {
+        name: quantize(dequantize(weight), 16) if "layers.1" in name and name.endswith("o_proj") else weight
+        for name, weight in rounded(engine).items()
+        if not name.endswith("1.mlp.down_proj")
+    }
+    use_int4(engine.model, chosen)
+    wanted = stepped(Decoder(engine.model, threads=1), engine, first=20)
+    released = Decoder(engine.model, threads=1, release=True)
+    assert torch.equal(stepped(released, engine, first=20), wanted)
+    assert {"block_1.out.values", "block_1.down.values"} <= released.program._arrays.keys()
+
+
 def test_arrays_that_the_session_reads_are_kept(monkeypatch):
     engine = int4_model()
     monkeypatch.setattr(OnnxProgram, "_reads", lambda self, names, cache: any("scales" in name for name in names))

@@ -64,28 +64,28 @@ class _Graph:
         if self.activation_bits == 16:
             # The bias must not be added to both halves.
             parts = self.halves(x, matrix.group_size, name)
-            both = self._quantized_matmul(parts, matrix, f"{name}.both", [values], [])
+            both = self._quantized_matmul(parts, matrix, name, f"{name}.both", values, [])
             self.add("Split", [both], [f"{name}.high", f"{name}.low"], domain="", axis=1, num_outputs=2)
             self.add("Add", [f"{name}.high", f"{name}.low"], [f"{name}.product" if bias else name], domain="")
             if bias:
                 self.add("Add", [f"{name}.product", *bias], [name], domain="")
             return name
-        return self._quantized_matmul(x, matrix, name, [values], bias)
+        return self._quantized_matmul(x, matrix, name, name, values, bias)
 
-    def _quantized_matmul(self, x: str, matrix: Matrix, name: str, values: list[str], bias: list[str]) -> str:
+    def _quantized_matmul(self, x: str, matrix: Matrix, name: str, output: str, values: str, bias: list[str]) -> str:
         assert matrix.scales is not None and matrix.zeros is not None
         scales, zeros = self.array(f"{name}.scales", matrix.scales), self.array(f"{name}.zeros", matrix.zeros)
         self.add(
             "MatMulNBits",
-            [x, *values, scales, zeros, *(["", *bias] if bias else [])],
-            [name],
+            [x, values, scales, zeros, *(["", *bias] if bias else [])],
+            [output],
             K=matrix.num_inputs,
             N=matrix.num_outputs,
             bits=matrix.bits,
             block_size=matrix.group_size,
             accuracy_level=_FLOAT32 if self.activation_bits == 32 else _INT8,
         )
-        return name
+        return output
 
     def halves(self, x: str, group_size: int, name: str) -> str:
         """Split x [B,S,I] into [B,2S,I]: its int8 rounding per group, then the remainder."""

@@ -83,11 +83,15 @@ class OnnxProgram:
 
     def _release(self, model: VilaForConditionalGeneration, cache: tuple[int, ...]) -> None:
         """Free the arrays of quantized matmuls that the kernels do not read, and the model's own 4-bit weights."""
-        for kind in ("values", "scales", "zeros"):
-            names = [name for name in self._arrays if name.endswith(f".{kind}") and self._arrays[name].ndim > 1]
-            if not self._reads([name for name in names if name.startswith(("block_0.", "logits."))], cache):
-                for name in names:
-                    del self._arrays[name]
+        matmuls = [name.removesuffix(".scales") for name in self._arrays if name.endswith(".scales")]
+        kinds = ("values", "scales", "zeros")
+        shapes = {name: [self._arrays[f"{name}.{kind}"].shape for kind in kinds] for name in matmuls}
+        probed = [name for name in matmuls if name.startswith("block_0.") or name == "logits"]
+        alike = [name for name in matmuls if shapes[name] in [shapes[one] for one in probed]]
+        for kind in kinds:
+            if not self._reads([f"{name}.{kind}" for name in probed], cache):
+                for name in alike:
+                    del self._arrays[f"{name}.{kind}"]
         for layer in model.modules():
             if isinstance(layer, Int4Linear):
                 layer.release()
