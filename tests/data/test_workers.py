@@ -218,7 +218,7 @@ def gone(pid):
 
 
 SCRIPT = """
-import os, pickle, signal, sys
+import os, pickle, signal, sys, time
 from pathlib import Path
 from vila.data.workers import WorkerStreams
 
@@ -231,7 +231,8 @@ if __name__ == "__main__":
         os.kill(os.getpid(), signal.SIGKILL)
     if sys.argv[2] == "interrupt":
         os.kill(os.getpid(), signal.SIGINT)
-        signal.pause()
+        while True:  # another thread may have received the signal, so pause() might wait for ever
+            time.sleep(0.05)
 """
 
 

@@ -45,6 +45,9 @@ class ImageServer(ThreadingHTTPServer):
         self.delay_s = 0.0
         self.lock = threading.Lock()
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Ignore clients that close a connection, instead of printing a traceback."""
+
     @property
     def home(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"

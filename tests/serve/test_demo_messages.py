@@ -168,7 +168,9 @@ def client(app):
 
 def outputs(client, prompt, chats, names):
     async def collect():
-        return [output async for output in answer(client, prompt, chats, names, "", GREEDY)]
+        # Connections of a client belong to the event loop that opened them.
+        client_of_loop = ApiClient(client.base)
+        return [output async for output in answer(client_of_loop, prompt, chats, names, "", GREEDY)]
 
     return asyncio.run(collect())
 
