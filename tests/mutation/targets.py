@@ -8,7 +8,7 @@ import os
 import pickle
 import random
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -326,10 +326,10 @@ def _train(root: Path, *overrides: str) -> None:
     from vila.train.build import build
 
     # Relative paths, so that a copy of the directory is the same run.
-    os.chdir(root)
-    run = build(tiny_recipe(Path(), "out", *overrides))
-    run.trainer.run()
-    run.trainer.checkpointer.writer.wait()
+    with chdir(root):
+        run = build(tiny_recipe(Path(), "out", *overrides))
+        run.trainer.run()
+        run.trainer.checkpointer.wait()
 
 
 def _command_line() -> Iterator[Target]:
