@@ -329,7 +329,7 @@ def _train(root: Path, *overrides: str) -> None:
     with chdir(root):
         run = build(tiny_recipe(Path(), "out", *overrides))
         run.trainer.run()
-        run.trainer.checkpointer.wait()
+        run.trainer.checkpointer.writer.wait()
 
 
 def _command_line() -> Iterator[Target]:
