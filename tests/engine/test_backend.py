@@ -1,8 +1,9 @@
-"""The backend of an engine is chosen once, and said."""
+"""Selection of the backend of an engine; the choice is logged."""
 
 import sys
 
 import pytest
+import torch
 
 from tests import tiny
 from tests.engine.onnx_fixtures import rounded, torch_engine
@@ -10,10 +11,11 @@ from vila.core.errors import ConfigError
 from vila.engine.backend import check_backend, choose_program
 from vila.kernels.int4 import Int4Linear
 from vila.model.int4_weights import int4_layers, use_int4
+from vila.model.loading import choose_dtype
 from vila.quant.apply import quantize_model
 
 
-class Heard:
+class Log:
     def __init__(self):
         self.lines = []
 
@@ -36,53 +38,65 @@ def four_bit():
     return engine.model
 
 
-def test_a_full_model_stays_with_torch_and_nothing_is_said():
-    heard = Heard()
-    assert choose_program(torch_engine().model, events=heard) is None
-    assert heard.lines == []
+def test_full_precision_model_runs_on_torch_without_a_log_line():
+    events = Log()
+    assert choose_program(torch_engine().model, events=events) is None
+    assert events.lines == []
 
 
-def test_a_four_bit_model_on_a_cpu_decodes_by_onnxruntime_with_a_head_of_8_bits():
-    heard = Heard()
+def test_int4_model_on_a_cpu_runs_on_onnxruntime_with_an_8_bit_head():
+    events = Log()
     model = four_bit()
-    program = choose_program(model, threads=1, events=heard)
-    assert heard.lines == ["backend: onnx on cpu, 1 threads, 4-bit weights, 8-bit activations, 8-bit head"]
+    program = choose_program(model, threads=1, events=events)
+    assert events.lines == ["backend: onnx on cpu, 1 threads, 4-bit weights, 8-bit activations, 8-bit head"]
     assert program.weight_bytes < choose_program(model, "onnx", head_bits=32, threads=1).weight_bytes
 
 
-def test_torch_multiplies_four_bits_by_a_backend_that_is_named():
-    heard = Heard()
+def test_int4_kernel_of_torch_is_logged():
+    events = Log()
     model = four_bit()
-    assert choose_program(model, "torch", events=heard) is None
+    assert choose_program(model, "torch", events=events) is None
     chosen = {layer.backend for _, layer in int4_layers(model)}
     assert len(chosen) == 1
-    assert heard.lines[0].startswith(f"int4: {chosen.pop()} on cpu, float32 activations, 14 layers")
+    assert events.lines[0].startswith(f"int4: {chosen.pop()} on cpu, float32 activations, 14 layers")
 
 
-def test_without_onnxruntime_a_four_bit_model_goes_to_torch_and_the_reason_is_said(monkeypatch):
+def test_without_onnxruntime_int4_model_runs_on_torch_with_a_logged_reason(monkeypatch):
     model = four_bit()
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    heard = Heard()
-    assert choose_program(model, events=heard) is None
-    assert heard.lines[0].startswith("backend: torch; not onnx: ")
-    assert "pip install 'vila-vlm[onnx]'" in heard.lines[0]
+    events = Log()
+    assert choose_program(model, events=events) is None
+    assert events.lines[0].startswith("backend: torch; not onnx: ")
+    assert "pip install 'vila-vlm[onnx]'" in events.lines[0]
     assert any(isinstance(module, Int4Linear) for module in model.modules())
     with pytest.raises(ConfigError, match=r"pip install 'vila-vlm\[onnx\]'"):
         check_backend("onnx", 0, 0, "cpu")
 
 
-def test_a_four_bit_model_that_onnxruntime_cannot_compute_goes_to_torch_and_the_reason_is_said():
-    heard = Heard()
+def test_int4_model_that_onnxruntime_does_not_support_runs_on_torch_with_a_logged_reason():
+    events = Log()
     model, _ = tiny.vila(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
     use_int4(model, quantize_model(model, None, 16))
-    assert choose_program(model, events=heard) is None
-    assert heard.lines[0].startswith("backend: torch; not onnx:") and "head width 8" in heard.lines[0]
+    assert choose_program(model, events=events) is None
+    assert events.lines[0].startswith("backend: torch; not onnx:") and "head width 8" in events.lines[0]
     with pytest.raises(ConfigError, match="head width 8"):
         choose_program(model, "onnx")
 
 
-def test_bits_of_activations_are_not_left_out_in_silence():
+def test_ignored_activation_bits_are_rejected():
     with pytest.raises(ConfigError, match="activation_bits.*weights are not 4-bit"):
         choose_program(torch_engine().model, activation_bits=16)
     with pytest.raises(ConfigError, match="activation_bits"):
         check_backend("torch", 0, 0, "cpu", 16)
+
+
+def test_emulated_bfloat16_is_logged(monkeypatch):
+    monkeypatch.setattr("vila.engine.backend.has_fast_bfloat16", lambda device: False)
+    monkeypatch.setattr("vila.model.loading.has_fast_bfloat16", lambda device: False)
+    engine = torch_engine()
+    events = Log()
+    assert choose_program(engine.model.bfloat16(), events=events) is None
+    assert "float32" in events.lines[0]
+    assert choose_dtype("auto", "cpu", events) is torch.float32
+    assert choose_dtype("bfloat16", "cpu", events) is torch.bfloat16
+    assert len(events.lines) == 2

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_origin
 import typer
 
 from vila.core.errors import ConfigError, ContextOverflowError, UnknownNameError
-from vila.core.progress import Silent
+from vila.core.progress import SILENT, Silent
 from vila.core.types import Message
 
 if TYPE_CHECKING:
@@ -297,7 +297,8 @@ def load_engine(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
 
     device = choose_device(options.device)
     set_num_threads(options.threads)
-    model = build_model(checkpoint, choose_dtype(options.dtype, device), device)
+    dtype = choose_dtype(options.dtype, device, SILENT if checkpoint.int4 else StderrLog())
+    model = build_model(checkpoint, dtype, device)
     arguments = {**options.engine_arguments, "release_weights": True}
     return Engine.on_backend(model, checkpoint.processor, **arguments, events=StderrLog())
 

@@ -15,6 +15,7 @@ from vila.engine.runner_torch import ModelRunner, TorchRunner
 from vila.engine.vision_cache import VisionCache
 from vila.kernels.select import use_backend
 from vila.model.int4_weights import int4_layers
+from vila.model.loading import has_fast_bfloat16
 from vila.model.modeling import VilaForConditionalGeneration
 
 if TYPE_CHECKING:
@@ -113,8 +114,11 @@ def choose_program(
         if why:
             events.log(f"backend: torch; not onnx: {why}")
         use_backend(model, "auto", dtype=model.get_input_embeddings().weight.dtype, events=events)  # type: ignore[arg-type]
-    elif backend == "torch":
-        events.log(f"backend: torch on {device}, {_short(model.dtype)}")
+    else:
+        emulated = device == "cpu" and model.dtype == torch.bfloat16 and not has_fast_bfloat16(device)
+        if backend == "torch" or emulated:
+            slow = ", which this CPU emulates; float32 is faster" if emulated else ""
+            events.log(f"backend: torch on {device}, {_short(model.dtype)}{slow}")
     return None
 
 
