@@ -66,6 +66,9 @@ class OnnxProgram:
         """Threads of matmuls."""
         arrays = decoder_weights(model, weights or {}, head_bits=head_bits, context=int(model.config.context_length))
         graph, values = decoder_graph(arrays, activation_bits=activation_bits)
+        if release:
+            # Temporary memory of loading, before the session repacks the weights.
+            free_unused_memory()
         self.session = _session(self.runtime, graph.SerializeToString(), values, self.threads)
         self._arrays = values
         """The weights of the session, which references but does not own them."""
