@@ -74,7 +74,9 @@ def main() -> None:
         one = measure(model, options.threads, options.prompt_tokens, options.tokens, options.dtype)
         results.append(one)
         sizes = [one[name] / 1e6 for name in ("files", "kv_cache", "imports", "loaded", "peak", "bound")]
-        print(f"| {one['model']} | {one['backend']}, {one['dtype']} | " + " | ".join(f"{s:.0f} MB" for s in sizes) + " |")
+        print(
+            f"| {one['model']} | {one['backend']}, {one['dtype']} | " + " | ".join(f"{s:.0f} MB" for s in sizes) + " |"
+        )
     if options.output:
         options.output.write_text(json.dumps({"results": results, **system_info()}, indent=1), "utf-8")
 
