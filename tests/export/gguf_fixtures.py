@@ -18,7 +18,7 @@ from vila.export.source import open_source
 from vila.model.loading import save_model
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
-from vila.model.projector import num_projected_tokens
+from vila.model.vision_sizes import num_projected_tokens
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CONSUMER = Path(__file__).with_name("llama_consumer.py")

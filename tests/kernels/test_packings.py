@@ -6,10 +6,10 @@ import torch
 
 from tests.model.layouts import int4_reference
 from vila.core.errors import LayoutError
+from vila.kernels.group_size import num_zero_words
 from vila.kernels.int4 import Int4Weight, dequantize, pack_nibbles, unpack_nibbles
 from vila.kernels.packings import (
     UNPACKERS,
-    num_zero_words,
     pack_compressed,
     pack_gemm,
     pack_modelopt,

@@ -32,7 +32,7 @@ def test_patch_drops_the_class_token_and_siglip_has_none():
     both = [select_features(model, config, pixels, -1, kind) for kind in ("cls_patch", "patch")]
     assert torch.equal(both[0][:, 1:], both[1])
     with pytest.raises(LayoutError) as caught:
-        vila.model.vision_tower.check_tower(tiny.vision_config("siglip"), "patch")
+        vila.model.vision_sizes.check_tower(tiny.vision_config("siglip"), "patch")
     assert (caught.value.field, caught.value.value) == ("select_feature", "patch")
 
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from tests.reference import project
 from vila.core.errors import LayoutError
-from vila.model.projector import build_projector, calibrate_projector, merge_patches, num_projected_tokens
+from vila.model.projector import build_projector, calibrate_projector, merge_patches
+from vila.model.vision_sizes import num_projected_tokens
 
 KINDS = ("linear", "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu", "mlp_downsample")
 

@@ -11,14 +11,8 @@ from tests import tiny
 from tests.pages import numbers
 from tests.reference import internvit_states
 from vila.core.errors import LayoutError
-from vila.model.vision_tower import (
-    TOWER_TYPES,
-    check_image_size,
-    check_tower,
-    multiscale_features,
-    num_patches,
-    select_features,
-)
+from vila.model.vision_sizes import TOWER_TYPES, check_image_size, check_tower, num_patches
+from vila.model.vision_tower import multiscale_features, select_features
 
 FACTS = {
     "model_type": "intern_vit_6b",

@@ -39,17 +39,10 @@ def info(
     """Print layout, architecture, parameters and memory needs of [bold]MODEL[/bold]; reads no weights."""
     import sys
 
-    from vila.model.inspect import inspect_checkpoint
-    from vila.model.loading import empty_model, open_checkpoint
+    from vila.model.inspect import inspect
 
-    checkpoint = open_checkpoint(
-        model,
-        **checkpoint_options.overrides,
-        revision=checkpoint_options.revision or None,
-    )
-    # Raises every error of a checkpoint that loading would raise.
-    empty_model(checkpoint)
-    facts = {"model": model, **inspect_checkpoint(checkpoint)}
+    found = inspect(model, **checkpoint_options.overrides, revision=checkpoint_options.revision or None)
+    facts = {"model": model, **found}
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False))
     elif sys.stdout.isatty():

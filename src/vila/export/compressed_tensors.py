@@ -12,7 +12,8 @@ from torch import Tensor
 from vila.export.base import ExportOptions, ExportTarget, Readme, choose_group_size, int4_problems
 from vila.export.llava_folder import LlavaTensor, llava_problems, llava_tensors, write_llava_files
 from vila.export.source import ExportSource, StreamedTensors, write_tensors
-from vila.kernels.packings import CODES_PER_WORD, pack_compressed
+from vila.kernels.group_size import CODES_PER_WORD
+from vila.kernels.packings import pack_compressed
 
 IGNORE = ("lm_head", "re:.*lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*")
 """Modules that are not quantized, under the names of old and new transformers and of vLLM."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from vila.export.gguf_tensors import GgufTensor, TensorType, choose_type
 from vila.export.source import ExportSource
 from vila.model.config import VilaConfig
-from vila.model.vision_tower import block_index
+from vila.model.vision_sizes import block_index
 
 TOWERS = {"clip_vision_model": "patch", "siglip_vision_model": "cls_patch"}
 """Supported towers and their `select_feature`: llama.cpp passes all tokens but a class token to the projector."""

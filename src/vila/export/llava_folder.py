@@ -107,7 +107,7 @@ def _with_mean(source: ExportSource, name: str, num_rows: int, dtype: torch.dtyp
 
 
 def _identity(source: ExportSource) -> dict[str, LlavaTensor]:
-    width, dtype = source.config.text_config.hidden_size, source.tensors["projector.weight"].dtype
+    width, dtype = source.config.text_config.hidden_size, source.dtype_of("projector.weight")
     return {
         "weight": LlavaTensor("", (width, width), dtype, lambda kind: iter([torch.eye(width, dtype=kind)])),
         "bias": LlavaTensor("", (width,), dtype, lambda kind: iter([torch.zeros(width, dtype=kind)])),

@@ -143,7 +143,7 @@ class ExportSource(Checkpoint):
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype of a weight in its file; for INT4, that of its scales."""
         packed = self._packed(name)
-        return self.tensors[name].dtype if packed is None else packed.scale_dtype
+        return self.tensors[name].dtype.torch if packed is None else packed.scale_dtype
 
     @cached_property
     def has_zeros(self) -> bool:

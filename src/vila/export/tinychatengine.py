@@ -17,7 +17,8 @@ from vila.export.base import ExportOptions, ExportTarget, Readme, full_precision
 from vila.export.gguf_llm import BYTE, CONTROL, UNKNOWN, build_vocabulary
 from vila.export.source import CHUNK_BYTES, LLM, ExportSource
 from vila.families import head_width, rope_parameters
-from vila.kernels.int4 import SYMMETRIC_ZERO, Int4Weight, check_group_size, pack_nibbles
+from vila.kernels.group_size import check_group_size
+from vila.kernels.int4 import SYMMETRIC_ZERO, Int4Weight, pack_nibbles
 from vila.kernels.packings import Packed, pack_tinychatengine_blocks, pack_tinychatengine_cuda
 from vila.model.config import VilaConfig
 

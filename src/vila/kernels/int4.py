@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vila.core.errors import ConfigError, LayoutError
+from vila.kernels.group_size import check_group_size
 
 # M activation rows  O outputs  I inputs  G group size
 
@@ -79,19 +80,6 @@ class Int4Weight:
 
 def _mismatch(name: str, tensor: Tensor, expected: str) -> LayoutError:
     return LayoutError("", field=name, value=f"{tensor.dtype} {list(tensor.shape)}", expected=expected)
-
-
-def check_group_size(num_inputs: int, group_size: int) -> None:
-    """Raise LayoutError unless the group size is even and divides the number of inputs; lists group sizes that do."""
-    if group_size >= 2 and group_size % 2 == 0 and num_inputs >= group_size and num_inputs % group_size == 0:
-        return
-    divisors = [size for size in (16, 32, 64, 128, 256) if num_inputs >= size and num_inputs % size == 0]
-    raise LayoutError(
-        f"{num_inputs} inputs cannot be divided into groups of {group_size}",
-        field="group_size",
-        value=group_size,
-        expected=", ".join(map(str, divisors)) or None,
-    )
 
 
 def pack_nibbles(codes_OI: Tensor) -> Tensor:

@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from vila.core.errors import LayoutError
-from vila.kernels.int4 import SYMMETRIC_ZERO, Int4Weight, check_group_size, pack_nibbles, unpack_nibbles
+from vila.kernels.group_size import CODES_PER_WORD, num_zero_words
+from vila.kernels.int4 import SYMMETRIC_ZERO, Int4Weight, pack_nibbles, unpack_nibbles
 
 # N outputs  K inputs  G group size  Z words of zeros per row  (the letters of the published formats)
 
 Packed = dict[str, Tensor]
-CODES_PER_WORD = 8
-"""Codes in a 32-bit word."""
-
 # AutoAWQ's gemm words: nibble i of a word holds output 8c + GEMM_ORDER[i]; outputs with codes 0..7 give 0x75316420.
 GEMM_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _GEMM_BACK = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -28,19 +26,6 @@ _TINYCHAT_RUN = 32
 _TINYCHAT_ROWS = 4
 _TINYCHAT_COLUMNS = 64
 _EIGHTS = -0x77777778  # a word of eight 8s, 0x88888888 as int32
-
-
-def num_zero_words(num_inputs: int, group_size: int) -> int:
-    """Words (eight groups each) per row of zeros in gemv and TinyChat files: even for G=64, a multiple of 4 for G=32.
-
-    Raises LayoutError for group sizes that these files do not support.
-    """
-    check_group_size(num_inputs, group_size)
-    unit = 1 if group_size >= 128 else {64: 2, 32: 4}.get(group_size, 0)
-    if not unit:
-        problem = "not supported by gemv and tinychat files"
-        raise LayoutError(problem, field="group_size", value=group_size, expected="32, 64, 128 or more")
-    return -(-num_inputs // (group_size * CODES_PER_WORD * unit)) * unit
 
 
 def half_scales(scales: Tensor) -> Tensor:

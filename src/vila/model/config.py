@@ -7,11 +7,13 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from vila.model.settings import ModelSettings, ModelSizes, PartConfig
 
-class VilaConfig(PretrainedConfig):
+
+class VilaConfig(ModelSizes, PretrainedConfig):
     """Vision tower, projector and LLM, and everything that prompts and pixels depend on.
 
-    vision_config, text_config: configs of the two parts, as dicts or config objects.
+    vision_config, text_config: configs of the two parts, as dicts, `PartConfig`s or config objects.
     projector_type: `linear`, `mlpNx_gelu`, `mlp_downsample` or `identity`.
     select_layer:   hidden state of the tower, in transformers' numbering (0 = embeddings).
     select_feature: `patch` drops the class token, `cls_patch` keeps all tokens.
@@ -55,24 +57,19 @@ class VilaConfig(PretrainedConfig):
         kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
 
-    @property
-    def vision_width(self) -> int:
-        """Number of input channels of the projector."""
-        return int(self.vision_config.hidden_size) * max(1, len(self.s2_scales))
-
-    @property
-    def context_length(self) -> int:
-        """Maximum number of tokens of prompt and answer together, with RoPE scaling applied."""
-        rope = getattr(self.text_config, "rope_parameters", None) or {}
-        factor = float(rope.get("factor", 1.0)) if rope.get("rope_type") in ("linear", "dynamic") else 1.0
-        return int(self.text_config.max_position_embeddings * factor)
-
 
 def _as_config(value: Any, default_type: str) -> PretrainedConfig:
     if isinstance(value, PretrainedConfig):
         return value
+    if isinstance(value, PartConfig):
+        return value.build()
     values = dict(value or {})
     return AutoConfig.for_model(values.pop("model_type", default_type), **values)
+
+
+def build_vila_config(settings: ModelSettings, image_token_id: int) -> VilaConfig:
+    """Build the config of a model from plain settings. Raises LayoutError for values that transformers rejects."""
+    return VilaConfig(**{**vars(settings), "image_token_id": image_token_id})
 
 
 # transformers resolves `model_type` whenever it reads a config.json, also when it loads a tokenizer.

@@ -6,10 +6,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.constants import is_offline_mode
-from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
-
 from vila.core.errors import DownloadError, LayoutError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -39,6 +35,10 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
     name = str(source)
     if not _REPOSITORY.fullmatch(name):
         raise LayoutError("no such directory, and not a hub id", file=name, expected="a directory or owner/name")
+
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
     cached = _cached(name, revision)
     if is_offline_mode():
         if cached is None:
@@ -79,11 +79,15 @@ def cached_folder(source: str) -> Path | None:
 
 
 def _cached(name: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
     config = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(config).parent if isinstance(config, str) else None
 
 
 def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
     # A single request without retries, so that a missing network is reported at once.
     files = HfApi().model_info(name, revision=revision, timeout=20).siblings or []
     wanted = needed_files([file.rfilename for file in files])

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from vila.families import head_width, num_kv_heads
 
 if TYPE_CHECKING:
-    from vila.model.layouts.base import Checkpoint
+    from pathlib import Path
+
+    from vila.model.layouts.base import Checkpoint, CheckpointFiles
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 """Dtypes for which memory is estimated, with bytes per element."""
@@ -22,12 +24,56 @@ _TIED = "language_model.lm_head.weight"
 _INT4 = "int4"
 
 
-def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+def inspect(
+    path: str | Path, *, template: str | None = None, base: str | Path | None = None, revision: str | None = None
+) -> dict[str, Any]:
+    """Return the description of a checkpoint, see `inspect_checkpoint`; the arguments are those of `open_checkpoint`.
+
+    Raises every error of a checkpoint that loading would raise. Torch and transformers are imported only for models
+    that `is_loadable` cannot judge.
+    """
+    from vila.model.hub import local_folder
+    from vila.model.layouts.detect import open_folder
+
+    folder = local_folder(path, revision)
+    files = open_folder(folder, None if base is None else local_folder(base))
+    if not template and is_loadable(files):
+        return inspect_checkpoint(files)
+    from vila.model.loading import empty_model, open_checkpoint
+
+    checkpoint = open_checkpoint(path, template=template, base=base, revision=revision)
+    empty_model(checkpoint)
+    return inspect_checkpoint(checkpoint)
+
+
+def is_loadable(files: CheckpointFiles) -> bool:
+    """Return whether a checkpoint certainly loads: its tokenizer is plain, and its weights are those of its config.
+
+    False means that it is unknown here.
+    """
+    from vila.model.expected_weights import expected_weights
+    from vila.model.layouts.tokenizer_files import is_plain_tokenizer
+
+    expected = None if files.unexpected else expected_weights(files.settings)
+    if expected is None:
+        return False
+    stored = {name: ref.shape for name, ref in files.tensors.items() if ref.dtype.is_floating_point}
+    packed = {f"{name}.weight": weight.shape for name, weight in files.int4.items()}
+    tied = _TIED in stored and _TIED not in expected
+    if tied:
+        del stored[_TIED]
+    known = len(stored) + len(packed) + tied == len(files.tensors) + len(files.int4)
+    if not known or stored.keys() & packed.keys() or {**stored, **packed} != expected:
+        return False
+    return is_plain_tokenizer(files.processor.folder, files.settings.image_token_id)
+
+
+def inspect_checkpoint(checkpoint: Checkpoint | CheckpointFiles) -> dict[str, Any]:
     """Return layout, modules, image and context settings, and required memory (bytes) as JSON-ready data."""
     from vila.core.vision_spec import VisionSpec
     from vila.model.layouts.detect import detect_layout
 
-    config = checkpoint.config
+    config: Any = _config(checkpoint)
     spec = VisionSpec.from_dict(config.vision_spec)
     weights = [_weight_summary(prefix, checkpoint) for prefix in _MODULES]
     int4 = _int4_summary(checkpoint)
@@ -67,6 +113,10 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def _config(checkpoint: Checkpoint | CheckpointFiles) -> Any:
+    return checkpoint.settings if hasattr(checkpoint, "settings") else checkpoint.config
+
+
 def kv_elements_per_token(llm: Any) -> int:
     """Return the elements of the KV cache per token: a key and a value for each layer and key-value head."""
     return 2 * int(llm.num_hidden_layers) * num_kv_heads(llm) * head_width(llm)
@@ -97,9 +147,9 @@ def llm_shape(llm: Any) -> dict[str, Any]:
     }
 
 
-def _weight_summary(prefix: str, checkpoint: Checkpoint) -> dict[str, Any]:
+def _weight_summary(prefix: str, checkpoint: Checkpoint | CheckpointFiles) -> dict[str, Any]:
     """Return parameters, bytes and dtypes of the weights below `prefix`; a tied LM head is counted once."""
-    skipped = {_TIED} if checkpoint.config.text_config.tie_word_embeddings else set()
+    skipped = {_TIED} if _config(checkpoint).text_config.tie_word_embeddings else set()
     refs = [ref for name, ref in checkpoint.tensors.items() if name.startswith(f"{prefix}.") and name not in skipped]
     packed = [weight for name, weight in checkpoint.int4.items() if name.startswith(f"{prefix}.")]
     kinds = {_name(ref.dtype) for ref in refs} | ({_INT4} if packed else set())
@@ -112,7 +162,7 @@ def _weight_summary(prefix: str, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _int4_summary(checkpoint: Checkpoint) -> dict[str, Any] | None:
+def _int4_summary(checkpoint: Checkpoint | CheckpointFiles) -> dict[str, Any] | None:
     """Return packing, group size, Linears, and bytes in files and memory of INT4 weights; None if there are none."""
     weights = list(checkpoint.int4.values())
     if not weights:
@@ -130,7 +180,7 @@ def _int4_summary(checkpoint: Checkpoint) -> dict[str, Any] | None:
     }
 
 
-def _main_dtype(checkpoint: Checkpoint) -> str:
+def _main_dtype(checkpoint: Checkpoint | CheckpointFiles) -> str:
     sizes: Counter[str] = Counter()
     for ref in checkpoint.tensors.values():
         sizes[_name(ref.dtype)] += prod(ref.shape)
@@ -138,7 +188,7 @@ def _main_dtype(checkpoint: Checkpoint) -> str:
     return sizes.most_common(1)[0][0]
 
 
-def _storage(checkpoint: Checkpoint) -> dict[str, Any]:
+def _storage(checkpoint: Checkpoint | CheckpointFiles) -> dict[str, Any]:
     packed = [ref for weight in checkpoint.int4.values() for ref in weight.parts.values()]
     files = sorted({ref.file.path for ref in [*checkpoint.tensors.values(), *packed]})
     kinds = sorted({path.suffix.removeprefix(".") for path in files})

@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from vila.core.errors import LayoutError
-from vila.kernels.int4 import SCALE_DTYPES, Int4Linear, Int4Weight, check_group_size
-from vila.kernels.packings import UNPACKERS, num_zero_words
+from vila.kernels.group_size import check_group_size, num_zero_words
+from vila.model.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT16, INT32, DType
 from vila.model.weights import ReadTensor, Shape, TensorRef, WeightFile
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from vila.kernels.int4 import Int4Linear, Int4Weight
 
 _MAX_LISTED = 5
 
@@ -29,6 +32,8 @@ def use_int4(model: Any, weights: Mapping[str, Int4Weight]) -> None:
     Biases are kept. The layers use the torch backend until `use_backend` selects another.
     Raises LayoutError, before any change, listing names that are not Linears of a block, or shapes that differ.
     """
+    from vila.kernels.int4 import Int4Linear
+
     modules = dict(model.named_modules())
     layers = model.get_decoder().layers
     blocks = next(f"{name}." for name, module in modules.items() if module is layers)
@@ -50,6 +55,8 @@ def int4_weights(model: nn.Module) -> dict[str, Int4Weight]:
 
 def int4_layers(model: nn.Module) -> Iterator[tuple[str, Int4Linear]]:
     """Yield the 4-bit layers of a model with their names, in model order."""
+    from vila.kernels.int4 import Int4Linear
+
     for name, module in model.named_modules():
         if isinstance(module, Int4Linear):
             yield name, module
@@ -77,6 +84,10 @@ def dequantize_model(model: Any, dtype: torch.dtype | None = None) -> None:
 
 def _misfit(name: str, weight: Int4Weight, module: nn.Module | None, blocks: str) -> str:
     """Return why a weight cannot replace a module; empty if it can."""
+    from torch import nn
+
+    from vila.kernels.int4 import Int4Linear
+
     if not name.startswith(blocks):
         return f"{name} is not in a decoder block ({blocks}...)"
     if isinstance(module, Int4Linear):
@@ -89,7 +100,8 @@ def _misfit(name: str, weight: Int4Weight, module: nn.Module | None, blocks: str
 
 # O outputs  I inputs
 
-TensorSpec = tuple[Shape, torch.dtype | None]
+TensorSpec = tuple[Shape, DType | None]
+_SCALE_DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
 _MAX_MAPPED_BYTES = 256 << 20
 _CODES = "qweight"
 _SUFFIXES = ("qweight", "qzeros", "scales", "scaled_zeros")
@@ -121,7 +133,7 @@ class PackedWeight:
     @property
     def scale_dtype(self) -> torch.dtype:
         """Dtype of the scales."""
-        return self.parts["scales"].dtype
+        return self.parts["scales"].dtype.torch
 
 
 def read_packed(packed: Mapping[str, PackedWeight]) -> Iterator[tuple[str, Int4Weight]]:
@@ -145,6 +157,8 @@ def read_packed(packed: Mapping[str, PackedWeight]) -> Iterator[tuple[str, Int4W
 
 
 def _unpacked(weight: PackedWeight, opened: Mapping[WeightFile, ReadTensor]) -> Int4Weight:
+    from vila.kernels.packings import UNPACKERS
+
     tensors = {ending: opened[ref.file](ref.name) for ending, ref in weight.parts.items()}
     try:
         unpacked = UNPACKERS[weight.packing](tensors, weight.group_size)
@@ -227,19 +241,19 @@ def packed_tensor_specs(packing: str, shape: Shape, group_size: int) -> dict[str
     groups = num_inputs // group_size
     if packing == "gemm":
         return {
-            "qweight": ((num_inputs, num_outputs // 8), torch.int32),
-            "qzeros": ((groups, num_outputs // 8), torch.int32),
+            "qweight": ((num_inputs, num_outputs // 8), INT32),
+            "qzeros": ((groups, num_outputs // 8), INT32),
             "scales": ((groups, num_outputs), None),
         }
     words = num_zero_words(num_inputs, group_size)
     if packing == "gemv":
         return {
-            "qweight": ((num_outputs, num_inputs // 8), torch.int32),
-            "qzeros": ((num_outputs, words), torch.int32),
+            "qweight": ((num_outputs, num_inputs // 8), INT32),
+            "qzeros": ((num_outputs, words), INT32),
             "scales": ((num_outputs, words * 8), None),
         }
     return {
-        "qweight": ((num_outputs // 4, num_inputs), torch.int16),
+        "qweight": ((num_outputs // 4, num_inputs), INT16),
         "scales": ((words * 8, num_outputs), None),
         "scaled_zeros": ((words * 8, num_outputs), None),
     }
@@ -265,7 +279,7 @@ def _packed_misfit(
         ref = parts.get(ending) or parts.get(_OTHER_NAME.get(ending, ending))
         if ref is None:
             return parts[_CODES], f"{packing} needs {ending}"
-        if ref.shape != size or (ref.dtype != dtype if dtype else ref.dtype not in SCALE_DTYPES):
+        if ref.shape != size or (ref.dtype != dtype if dtype else ref.dtype not in _SCALE_DTYPES):
             expected = f"{str(dtype or 'floating').removeprefix('torch.')} {list(size)}"
             return ref, f"{packing} with group size {group_size} needs {expected}"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from vila.families import find_family
 from vila.kernels.int4 import Int4Linear, Int4Weight, dequantize
 from vila.model.hub import local_folder
 from vila.model.int4_weights import PackedWeight, read_packed
-from vila.model.layouts.base import Checkpoint, Sources, map_names
-from vila.model.layouts.build_config import build_config
+from vila.model.layouts.base import Checkpoint, CheckpointFiles, Sources, map_names
+from vila.model.layouts.build_config import build_settings
 from vila.model.layouts.config_file import build_generation_config, read_config, text_config
 from vila.model.layouts.detect import LAYOUTS, check_checkpoint_sizes, open_folder
 from vila.model.layouts.tokenizer_files import read_tokenizer
@@ -29,6 +30,7 @@ from vila.model.layouts.tower_files import read_tower, tower_spec, tower_tensors
 from vila.model.modeling import VilaForConditionalGeneration, build_on_meta
 from vila.model.processor import VilaProcessor
 from vila.model.projector import build_projector
+from vila.model.settings import PartConfig
 from vila.model.weights import TensorRef, find_weight_files, list_tensors, published_names, read_tensors
 
 Device = str | torch.device
@@ -225,7 +227,7 @@ def open_checkpoint(
     Raises LayoutError, DownloadError or UnknownNameError.
     """
     folder = local_folder(path, revision)
-    checkpoint = open_folder(folder, None if base is None else local_folder(base))
+    checkpoint = open_folder(folder, None if base is None else local_folder(base)).load()
     if template:
         check_templates(checkpoint, template)
         checkpoint.config.template = checkpoint.processor.template = template
@@ -303,16 +305,20 @@ def open_components(
     llm_folder, tower_folder = local_folder(llm), local_folder(vision)
     fields = read_config(llm_folder)
     llm_config = text_config(fields, fields.text("model_type"))
-    # transformers selects some tokenizer classes by the hub id of the model.
-    llm_config._name_or_path = llm
-    tokenizer = read_tokenizer(llm_folder, llm_config)
-    llm_config._name_or_path = ""
     own_tower = read_tower(tower_folder)
     tower = tower_spec(own_tower.config, None, own_tower.source, image_size)
-    config, processor = build_config(
+
+    def load_tokenizer() -> Any:
+        config = llm_config.build() if isinstance(llm_config, PartConfig) else copy.deepcopy(llm_config)
+        # transformers selects some tokenizer classes by the hub id of the model.
+        config._name_or_path = llm
+        return read_tokenizer(llm_folder, config)
+
+    settings, processor = build_settings(
         llm=llm_config,
         tower=tower,
-        tokenizer=tokenizer,
+        tokenizer_folder=llm_folder,
+        load_tokenizer=load_tokenizer,
         projector=projector,
         select_layer=select_layer,
         select_feature=select_feature,
@@ -324,8 +330,9 @@ def open_components(
     weights, others = tower_tensors(tower_folder, tower)
     refs.update(weights)
     sources = Sources(fields, fields, tower.source)
-    checkpoint = Checkpoint(llm_folder, config, processor, refs, sources, [*unexpected, *others])
-    check_checkpoint_sizes(checkpoint)
+    files = CheckpointFiles(llm_folder, settings, processor, refs, sources, [*unexpected, *others])
+    check_checkpoint_sizes(files)
+    checkpoint = files.load()
     check_templates(checkpoint, template)
     return checkpoint
 

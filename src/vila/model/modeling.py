@@ -13,7 +13,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vila.model.config import VilaConfig
 from vila.model.projector import build_projector
-from vila.model.vision_tower import check_tower, multiscale_features, select_features, tower_dtype
+from vila.model.vision_sizes import check_tower
+from vila.model.vision_tower import multiscale_features, select_features, tower_dtype
 
 # B batch  S sequence  Q queries  K keys  D model width  N images  P patches  C tower width  H, W pixels
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import re
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vila.core.errors import LayoutError
+from vila.model.vision_sizes import check_projector, grid_side
 
 # N images  P patches  C tower width  D model width
-
-_MLP = re.compile(r"mlp([1-9]\d{0,2})x_gelu")
 
 
 class MergePatches(nn.Module):
@@ -54,15 +50,6 @@ def build_projector(projector_type: str, width_in: int, width_out: int) -> nn.Mo
     return nn.Sequential(*layers)
 
 
-def num_projected_tokens(projector_type: str, num_patches: int) -> int:
-    """Return the number of projected features of an image with `num_patches`: 729 become 196 with `mlp_downsample`.
-
-    Raises LayoutError for an unknown type, and if merging needs a square grid of patches and there is none.
-    """
-    check_projector(projector_type)
-    return math.ceil(_grid_side(num_patches) / 2) ** 2 if projector_type == "mlp_downsample" else num_patches
-
-
 def merge_patches(features_NPC: Tensor) -> Tensor:
     """Concatenate every 2 x 2 block of a square grid of patches into one vector: [N, P, C] to [N, P', 4C].
 
@@ -70,7 +57,7 @@ def merge_patches(features_NPC: Tensor) -> Tensor:
     column-major order, as in the released projectors: patches 1..16 of a 4 x 4 grid give [1, 2, 5, 6], [9, 10, 13, 14],
     [3, 4, 7, 8], [11, 12, 15, 16]. Raises LayoutError if P is not a square number.
     """
-    side = _grid_side(features_NPC.shape[1])
+    side = grid_side(features_NPC.shape[1])
     grid = features_NPC.unflatten(1, (side, side))
     grid = F.pad(grid, (0, 0, 0, side % 2, 0, side % 2))
     blocks = grid.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # N, block row, row, block column, column, C
@@ -108,18 +95,3 @@ def _inputs_of(module: nn.Module, projector: nn.Module, features_NPC: Tensor) ->
     finally:
         handle.remove()
     return inputs[0]
-
-
-def check_projector(projector_type: str) -> None:
-    """Raise LayoutError for an unknown projector type."""
-    if projector_type not in ("identity", "linear", "mlp_downsample") and not _MLP.fullmatch(projector_type):
-        expected = "identity, linear, mlpNx_gelu (N = 1 to 999) or mlp_downsample"
-        raise LayoutError(field="projector_type", value=projector_type, expected=expected)
-
-
-def _grid_side(patches: int) -> int:
-    side = math.isqrt(patches)
-    if side * side != patches:
-        problem = f"{patches} patches are not a square grid, so 2 x 2 neighbours cannot be merged"
-        raise LayoutError(problem, hint="drop the class token with select_feature 'patch'")
-    return side

@@ -13,14 +13,16 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from vila.core.errors import LayoutError
 from vila.core.reading import file_errors, foreign_content
 from vila.core.restricted_pickle import ForbiddenPickleError, RestrictedUnpickler, load_restricted
+from vila.model.dtypes import STORAGE_DTYPES, DType
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _MAX_PICKLE_BYTES: Final = 32 * 2**20
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
@@ -33,27 +35,13 @@ _HEAD_BYTES: Final = 512
 _LOCAL_HEADER_BYTES: Final = 30
 _MAX_DIMENSIONS: Final = 16
 
-STORAGE_TYPES: Final = {
-    torch.float64: torch.DoubleStorage,
-    torch.float32: torch.FloatStorage,
-    torch.float16: torch.HalfStorage,
-    torch.bfloat16: torch.BFloat16Storage,
-    torch.int64: torch.LongStorage,
-    torch.int32: torch.IntStorage,
-    torch.int16: torch.ShortStorage,
-    torch.int8: torch.CharStorage,
-    torch.uint8: torch.ByteStorage,
-    torch.bool: torch.BoolStorage,
-}
-"""Storage classes by which such files name dtypes."""
-
 
 @dataclass(slots=True)
 class _Storage:
     """Storage in the file: `num_bytes` from offset `start`, which is -1 until the file's directory has been read."""
 
     key: str
-    dtype: torch.dtype
+    dtype: DType
     num_bytes: int
     start: int = -1
 
@@ -68,7 +56,7 @@ class StoredTensor:
     stride: tuple[int, ...]
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> DType:
         """Dtype of the elements."""
         return self.storage.dtype
 
@@ -84,10 +72,12 @@ class StoredTensor:
 
     def read(self, mapped: torch.UntypedStorage) -> Tensor:
         """Return the tensor as a view of the mapped file, or as a copy if it is not aligned."""
+        import torch
+
         part = mapped[self.storage.start : self.storage.start + self.storage.num_bytes]
         if not self.is_aligned:
             part = part.clone()
-        return torch.empty(0, dtype=self.dtype).set_(part, self.offset, self.shape, self.stride)
+        return torch.empty(0, dtype=self.dtype.torch).set_(part, self.offset, self.shape, self.stride)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +95,8 @@ class TorchContent:
 
     def map(self) -> torch.UntypedStorage:
         """Map the file privately: changes to tensors are not written to the file."""
+        import torch
+
         size = self.path.stat().st_size
         with file_errors(self.path, LayoutError, kind="zip"):
             mapped: Any = torch.UntypedStorage.from_file(str(self.path), False, size)
@@ -179,7 +171,7 @@ class _TensorUnpickler(RestrictedUnpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         """Return the storage of a key; its offset is set later."""
         kind, dtype, key, _, num_elements, *view = pid if isinstance(pid, tuple) and len(pid) in (5, 6) else [None] * 5
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or any(one is not None for one in view):
+        if kind != "storage" or not isinstance(dtype, DType) or any(one is not None for one in view):
             raise ForbiddenPickleError("an object that is not a storage")
         if not isinstance(key, str) or type(num_elements) is not int or num_elements < 0:
             raise ForbiddenPickleError("a storage without key or size")
@@ -211,7 +203,7 @@ _NAMES: Final[Mapping[tuple[str, str], Any]] = {
     ("collections", "OrderedDict"): dict,
     ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
     ("torch", "Size"): tuple,
-    **{(module, kind.__name__): dtype for dtype, kind in STORAGE_TYPES.items() for module in ("torch", "torch.cuda")},
+    **{(module, kind): dtype for kind, dtype in STORAGE_DTYPES.items() for module in ("torch", "torch.cuda")},
 }
 
 

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from vila.core.errors import LayoutError
 from vila.core.files import write_json
-from vila.model.pytorch_bin import STORAGE_TYPES
-from vila.model.weights import INDEX_FILES, SAFETENSORS_DTYPES, SINGLE_FILES, Shape
+from vila.model.dtypes import SAFETENSORS_DTYPES, STORAGE_DTYPES
+from vila.model.weights import INDEX_FILES, SINGLE_FILES, Shape
 
 SHARD_BYTES = 5 * 10**9
-_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_NAMES = {dtype.torch: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_STORAGE_TYPES = {dtype.torch: getattr(torch, name) for name, dtype in STORAGE_DTYPES.items()}
 # Reverse of the dtype order of safetensors' own writer: wide dtypes come first in the file, so tensors are aligned.
 _ORDER = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
 
@@ -244,7 +245,7 @@ class _Pickler(pickle.Pickler):
         if not isinstance(obj, _Storage):
             return None
         shape = torch.Size(obj.tensor.shape)
-        return "storage", STORAGE_TYPES[obj.tensor.dtype], str(obj.number), "cpu", shape.numel()
+        return "storage", _STORAGE_TYPES[obj.tensor.dtype], str(obj.number), "cpu", shape.numel()
 
 
 def _pickled(tensors: Mapping[str, Writable]) -> bytes:

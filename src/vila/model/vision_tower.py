@@ -9,17 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from vila.core.errors import LayoutError
+from vila.model.vision_sizes import ANY_SIZE, block_index, check_features, check_square, num_splits
 
 # N images  M tiles  P patches  C tower width  H, W pixels  h, w grid of patches
-
-TOWER_TYPES = ("clip_vision_model", "siglip_vision_model", "dinov2", "internvl_vision")
-SELECT_FEATURES = ("patch", "cls_patch")
-_WITHOUT_CLS = ("siglip_vision_model",)
-_ANY_SIZE = ("dinov2",)
-"""Towers that interpolate their position embeddings by design, so that images may have any size."""
 
 
 class _StopForward(Exception):
@@ -28,78 +22,6 @@ class _StopForward(Exception):
     def __init__(self, features: Tensor) -> None:
         super().__init__()
         self.features = features
-
-
-def num_patches(config: PretrainedConfig, image_size: int) -> int:
-    """Return the number of patches of a square image of `image_size` pixels.
-
-    CLIP and SigLIP ignore a remainder at the border (384 pixels are 27 patches of 14). Raises LayoutError for patches
-    that are not square, for images smaller than a patch, and for a remainder that the tower does not ignore.
-    """
-    patch = _side(config.patch_size, "patch_size")
-    if image_size < patch or (config.model_type in _ANY_SIZE and image_size % patch):
-        raise LayoutError(
-            field="image_size", value=image_size, expected=f"a multiple of the tower's patch size {patch}"
-        )
-    return (image_size // patch) ** 2
-
-
-def check_tower(config: PretrainedConfig, select_feature: str) -> None:
-    """Raise LayoutError for an unsupported tower type, or a feature selection that would silently be wrong."""
-    if config.model_type not in TOWER_TYPES:
-        raise LayoutError(
-            "unknown vision tower", field="model_type", value=config.model_type, expected=", ".join(TOWER_TYPES)
-        )
-    if select_feature not in SELECT_FEATURES:
-        raise LayoutError(field="select_feature", value=select_feature, expected=", ".join(SELECT_FEATURES))
-    if select_feature == "patch" and not has_cls_token(config):
-        problem = f"a {config.model_type} tower has no class token; 'patch' would drop an image patch"
-        raise LayoutError(problem, field="select_feature", value=select_feature, expected="cls_patch")
-
-
-def check_features(config: PretrainedConfig, select_layer: int, select_feature: str) -> None:
-    """Raise LayoutError for a layer or feature selection that `select_features` does not support."""
-    check_tower(config, select_feature)
-    depth = int(config.num_hidden_layers)
-    if not 1 <= block_index(select_layer, depth) <= depth:
-        problem = f"outside the {depth} blocks of the vision tower"
-        expected = f"an integer from 1 to {depth}, or from -{depth} to -1"
-        raise LayoutError(problem, field="select_layer", value=select_layer, expected=expected)
-
-
-def check_image_size(config: PretrainedConfig, image_size: int, scales: Sequence[int] = (), max_split: int = 0) -> None:
-    """Raise LayoutError for an image size that the tower does not accept.
-
-    scales, max_split: image sizes of S2 features and maximum tile size, in pixels; the tower then encodes tiles.
-    """
-    if not scales:
-        if config.model_type not in _ANY_SIZE and image_size != (side := _side(config.image_size, "image_size")):
-            raise LayoutError(f"the {config.model_type} tower expects {side}", field="image_size", value=image_size)
-        return
-    for scale, splits in _num_splits(scales, max_split):
-        check_image_size(config, scale // splits)
-
-
-def _num_splits(scales: Sequence[int], max_split: int) -> list[tuple[int, int]]:
-    """Return each scale, ascending, and its number of tiles along a side. Raises LayoutError for an uneven split."""
-    if not scales or min(scales) < 1 or max_split < 1:
-        raise LayoutError("scales and tile size must be positive", field="s2_scales", value=list(scales))
-    splits = [(scale, math.ceil(scale / max_split)) for scale in sorted(scales)]
-    for scale, number in splits:
-        if scale % number:
-            problem = f"{scale} pixels cannot be split into {number} equal tiles of at most {max_split}"
-            raise LayoutError(problem, field="s2_scales", value=list(scales))
-    return splits
-
-
-def has_cls_token(config: PretrainedConfig) -> bool:
-    """Return whether the first feature of the tower is a class token."""
-    return config.model_type not in _WITHOUT_CLS
-
-
-def block_index(select_layer: int, depth: int) -> int:
-    """Return the hidden state `select_layer` of a tower of `depth` blocks, counted from the start."""
-    return select_layer if select_layer >= 0 else depth + 1 + select_layer
 
 
 def encoder_blocks(tower: nn.Module, depth: int) -> nn.ModuleList:
@@ -138,27 +60,15 @@ def select_features(
 
 
 def _check_size(config: Any, pixels_N3HW: Tensor) -> None:
-    if config.model_type in _ANY_SIZE:
+    if config.model_type in ANY_SIZE:
         return
-    side = _side(config.image_size, "image_size")
+    side = check_square(config.image_size, "image_size")
     height, width = pixels_N3HW.shape[-2:]
     if (height, width) != (side, side):
         raise LayoutError(
             f"images of {height} x {width} pixels, but the {config.model_type} tower expects {side} x {side}",
             hint="set the image size of the vision spec to the tower's, or split images into tiles (s2_scales)",
         )
-
-
-def _side(size: int | Sequence[int], name: str) -> int:
-    sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) != 1:
-        raise LayoutError(field=name, value=size, expected="a square")
-    return int(sides.pop())
-
-
-def side_of(size: int | Sequence[int]) -> int:
-    """Return the side of a square, which some configs store as two equal numbers."""
-    return size if isinstance(size, int) else size[0]
 
 
 def tower_dtype(tower: nn.Module) -> torch.dtype:
@@ -178,7 +88,7 @@ def multiscale_features(encode: Encode, pixels_N3HW: Tensor, scales: Sequence[in
     code, resizing is bicubic in float32 without antialiasing, and skipped for images that already have the size.
     Raises LayoutError for scales that cannot be split evenly, and for features that are not a square grid.
     """
-    maps = [_feature_map(encode, pixels_N3HW, *one) for one in _num_splits(scales, max_split)]
+    maps = [_feature_map(encode, pixels_N3HW, *one) for one in num_splits(scales, max_split)]
     side = maps[0].shape[-1]
     same_size = [_resize(features_NChw, side, "area") for features_NChw in maps]
     return torch.cat(same_size, dim=1).flatten(2).transpose(1, 2)

@@ -7,6 +7,7 @@ are converted or moved, the pages of the file are released as they are read: pea
 from __future__ import annotations
 
 import ctypes
+import json
 import mmap
 import re
 import sys
@@ -14,36 +15,57 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import safe_open
-from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from typing import TYPE_CHECKING, Any
 
 from vila.core.errors import LayoutError
 from vila.core.reading import file_errors, read_json_object
+from vila.model.dtypes import SAFETENSORS_DTYPES, DType
 from vila.model.pytorch_bin import StoredTensor, TorchContent, read_torch_file
 
-Shape = tuple[int, ...]
-ReadTensor = Callable[[str], Tensor]
-Transform = Callable[[Tensor], Tensor]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""Dtypes by their names in .safetensors files."""
+Shape = tuple[int, ...]
+ReadTensor = Callable[[str], "Tensor"]
+Transform = Callable[["Tensor"], "Tensor"]
+
+
+_MAX_HEADER_BYTES = 100_000_000  # as in the library
+
+
+def _read_header(path: Path) -> dict[str, tuple[Shape, DType]] | None:
+    """Return shape and dtype of every tensor of a .safetensors file, by name; None unless the file is valid.
+
+    Reads it without the library, which imports torch or numpy. In a valid file the tensors cover the content without
+    gaps or overlaps.
+    """
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            content = path.stat().st_size - 8 - length
+            if content < 0 or length > _MAX_HEADER_BYTES:
+                return None
+            raw = stream.read(length).decode()
+        header = json.loads(raw)
+        metadata = header.pop("__metadata__", {})
+        if not raw.startswith("{") or any(type(text) is not str for text in metadata.values()):
+            return None
+        end, out = 0, {}
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            shape, dtype = tuple(entry["shape"]), SAFETENSORS_DTYPES[entry["dtype"]]
+            if any(type(size) is not int or size < 0 for size in shape):
+                return None
+            if len(entry) != 3 or entry["data_offsets"] != [end, end + prod(shape) * dtype.itemsize]:
+                return None
+            end = entry["data_offsets"][1]
+            out[name] = shape, dtype
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        return None
+    return {name: out[name] for name in header} if end == content else None
 
 
 @dataclass(frozen=True)
@@ -58,8 +80,12 @@ class SafetensorsFile:
     is_mapped = False
 
     @cached_property
-    def tensor_specs(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
+    def tensor_specs(self) -> Mapping[str, tuple[Shape, DType]]:
         """Shape and dtype of every tensor. Raises LayoutError for a truncated or invalid file."""
+        header = _read_header(self.path)
+        if header is not None:
+            return header
+        # Invalid, or with a dtype that is not supported: the library names the problem.
         out = {}
         with self._open() as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
@@ -82,6 +108,8 @@ class SafetensorsFile:
             yield file.get_tensor
 
     def _open(self) -> Any:
+        from safetensors import safe_open
+
         with file_errors(self.path, LayoutError, hint="it may be truncated or damaged; copy or download it again"):
             return safe_open(self.path, framework="pt")
 
@@ -98,7 +126,7 @@ class TorchFile:
         return self._content.is_mapped
 
     @cached_property
-    def tensor_specs(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
+    def tensor_specs(self) -> Mapping[str, tuple[Shape, DType]]:
         """Shape and dtype of every tensor. Raises LayoutError as `read_torch_file`, and for values of other types."""
         return {name: (tensor.shape, tensor.dtype) for name, tensor in self._content.value.items()}
 
@@ -141,7 +169,7 @@ class TensorRef:
     file: WeightFile
     name: str
     shape: Shape
-    dtype: torch.dtype
+    dtype: DType
     transform: Transform | None = None
 
     def then(self, transform: Transform, shape: Shape | None = None) -> TensorRef:
@@ -157,7 +185,7 @@ class TensorRef:
     @property
     def bytes(self) -> int:
         """Size of the tensor in the file."""
-        return int(torch.Size(self.file.tensor_specs[self.name][0]).numel()) * self.dtype.itemsize
+        return prod(self.file.tensor_specs[self.name][0]) * self.dtype.itemsize
 
 
 def list_tensors(files: Sequence[WeightFile]) -> dict[str, TensorRef]:
@@ -231,6 +259,8 @@ def published_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     transformers renames modules from version to version (DINOv2's `query` became `q_proj`); names in files stay the
     same.
     """
+    from transformers.core_model_loading import revert_weight_conversion
+
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if getattr(model.config, "tie_word_embeddings", False):
         state = {name: tensor for name, tensor in state.items() if not name.endswith("lm_head.weight")}
@@ -242,6 +272,8 @@ def published_names(model: PreTrainedModel) -> dict[str, str]:
 
     Raises LayoutError for a model whose modules join or split published weights, such as DINOv2 with SwiGLU.
     """
+    from transformers.core_model_loading import revert_weight_conversion
+
     state = dict(model.state_dict())
     names = {id(tensor): name for name, tensor in state.items()}
     published = revert_weight_conversion(model, state)

@@ -24,8 +24,8 @@ from vila.model.layouts.config_file import read_config, text_config
 from vila.model.layouts.tower_files import read_tower
 from vila.model.loading import open_checkpoint
 from vila.model.modeling import VilaForConditionalGeneration
-from vila.model.projector import num_projected_tokens
-from vila.model.vision_tower import encoder_blocks, num_patches
+from vila.model.vision_sizes import num_patches, num_projected_tokens
+from vila.model.vision_tower import encoder_blocks
 
 _WITHOUT_CLASS_TOKEN = ("siglip_vision_model",)
 

@@ -10,26 +10,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from vila.core.errors import LayoutError
 from vila.core.reading import Fields
-from vila.kernels.int4 import Int4Weight
-from vila.kernels.packings import check_divides, pack_gemm
+from vila.model.dtypes import FLOAT16
 from vila.model.int4_weights import collect_packed_weights, group_size_of, int4_layers, packed_tensor_specs
 from vila.model.layouts import llava_hf, native
 from vila.model.layouts.base import (
     DECODER_BLOCKS,
-    Checkpoint,
+    CheckpointFiles,
     FullPrecisionLayout,
     WeightStorage,
     checkpoint_with_int4,
 )
 from vila.model.layouts.config_file import read_config
 from vila.model.layouts.detect import detect_full_precision
-from vila.model.save_weights import LazyTensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from vila.kernels.int4 import Int4Weight
+    from vila.model.save_weights import LazyTensor
 
 _KEY = "quantization_config"
 _AUTOAWQ_FILES = ("quant_config.json", "quantize_config.json")
@@ -109,7 +111,7 @@ class AwqHfLayout:
         """Return whether the directory declares quantization and matches a full-precision layout."""
         return folder.is_dir() and _find(folder) is not None and detect_full_precision(folder) is not None
 
-    def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
+    def open(self, folder: Path, base: Path | None = None) -> CheckpointFiles:
         """Read the configs. Raises LayoutError if the declaration and the tensors disagree."""
         settings = read_awq_settings(folder)
         layout = detect_full_precision(folder)
@@ -121,6 +123,8 @@ class AwqHfLayout:
 
     def check(self, model: Any, processor: Any) -> None:
         """Raise LayoutError unless the model is INT4 and its output channels are multiples of 8 (gemm packing)."""
+        from vila.kernels.packings import check_divides
+
         require_int4(model, self.name)
         for name, layer in int4_layers(model):
             check_divides(f"outputs of {name}", layer.out_features, 8)
@@ -148,10 +152,12 @@ def require_int4(model: Any, layout: str) -> int:
 
 
 def _storage(model: Any, size: int, skipped: tuple[str, ...]) -> WeightStorage:
+    from torch import nn
+
     full_precision = [
         name.replace("language_model.model.", prefix)
         for name, module in model.named_modules()
-        if name.startswith(DECODER_BLOCKS) and isinstance(module, torch.nn.Linear)
+        if name.startswith(DECODER_BLOCKS) and isinstance(module, nn.Linear)
         for prefix in ("language_model.model.", "model.language_model.")
     ]
     return WeightStorage(pack, awq_config(size, (*skipped, *full_precision)))
@@ -159,17 +165,24 @@ def _storage(model: Any, size: int, skipped: tuple[str, ...]) -> WeightStorage:
 
 def pack(weight: Int4Weight) -> Mapping[str, LazyTensor]:
     """Return the tensors of a weight, packed when they are written."""
+    import torch
+
+    from vila.kernels.int4 import Int4Weight
+    from vila.model.save_weights import LazyTensor
+
     specs = packed_tensor_specs("gemm", (weight.num_outputs, weight.num_inputs), weight.group_size)
     # Zeros and scales do not depend on the codes, so they are packed with dummy codes of two inputs per group.
     without_codes = Int4Weight(torch.zeros_like(weight.zeros), weight.scales, weight.zeros, 2)
     sources = {"qweight": weight, "qzeros": without_codes, "scales": without_codes}
     return {
-        ending: LazyTensor(specs[ending][0], specs[ending][1] or torch.float16, partial(_part, source, ending))
+        ending: LazyTensor(specs[ending][0], (specs[ending][1] or FLOAT16).torch, partial(_part, source, ending))
         for ending, source in sources.items()
     }
 
 
 def _part(weight: Int4Weight, ending: str) -> torch.Tensor:
+    from vila.kernels.packings import pack_gemm
+
     return pack_gemm(weight)[ending]
 
 

@@ -1,4 +1,7 @@
-"""`Checkpoint` and the `ModelLayout` protocol, and what layouts share: mapping of weight names, storage of weights."""
+"""`CheckpointFiles`, `Checkpoint`, the `ModelLayout` protocol, and what layouts share.
+
+Layouts share the mapping of weight names and the storage of weights.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vila.core.errors import LayoutError
 from vila.core.files import atomic_path
 from vila.core.reading import Fields
-from vila.kernels.int4 import Int4Weight
-from vila.model.config import VilaConfig
 from vila.model.int4_weights import PackedWeight, int4_layers
-from vila.model.processor import VilaProcessor
-from vila.model.save_weights import Writable, as_float16, write_weights
+from vila.model.settings import ModelSettings
 from vila.model.weights import TensorRef, published_state_dict
+
+if TYPE_CHECKING:
+    import torch
+
+    from vila.kernels.int4 import Int4Weight
+    from vila.model.config import VilaConfig
+    from vila.model.dtypes import DType
+    from vila.model.processor import VilaProcessor
+    from vila.model.save_weights import Writable
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,60 @@ class Sources:
 
 
 @dataclass(frozen=True)
+class ProcessorFiles:
+    """Files and settings of a model's processor.
+
+    folder:         directory of the tokenizer.
+    vision_spec:    a VisionSpec as a dict.
+    load_tokenizer: reads the tokenizer with transformers, and returns it with the image placeholder id.
+    """
+
+    folder: Path
+    vision_spec: dict[str, Any]
+    template: str
+    load_tokenizer: Callable[[], tuple[Any, int]]
+
+    def load(self) -> VilaProcessor:
+        """Read the tokenizer and build the processor. Raises LayoutError as `read_tokenizer`."""
+        from vila.model.processor import VilaProcessor
+
+        tokenizer, image_token_id = self.load_tokenizer()
+        return VilaProcessor(tokenizer, self.vision_spec, self.template, image_token_id)
+
+
+def no_fields() -> Sources:
+    """Return empty sources."""
+    return Sources(*[Fields({}, "config.json", error=LayoutError)] * 3)
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """The files of a checkpoint; configs are plain values, so that no library that takes seconds to import is needed.
+
+    The other fields are those of `Checkpoint`.
+    """
+
+    folder: Path
+    settings: ModelSettings
+    processor: ProcessorFiles
+    tensors: Mapping[str, TensorRef]
+    sources: Sources = field(default_factory=no_fields)
+    unexpected: Sequence[str] = ()
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    int4: Mapping[str, PackedWeight] = field(default_factory=dict)
+
+    def load(self) -> Checkpoint:
+        """Build config and processor. Raises LayoutError for values and files that transformers rejects."""
+        from vila.model.config import build_vila_config
+
+        processor = self.processor.load()
+        placeholder = self.settings.image_token_id
+        config = build_vila_config(self.settings, processor.image_token_id if placeholder is None else placeholder)
+        values = {name: value for name, value in vars(self).items() if name not in ("settings", "processor")}
+        return Checkpoint(config=config, processor=processor, **values)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose configs have been read and whose weights have not.
 
@@ -51,7 +112,7 @@ class Checkpoint:
     config: VilaConfig
     processor: VilaProcessor
     tensors: Mapping[str, TensorRef]
-    sources: Sources = field(default_factory=lambda: Sources(*[Fields({}, "config.json", error=LayoutError)] * 3))
+    sources: Sources = field(default_factory=no_fields)
     unexpected: Sequence[str] = ()
     generation: Mapping[str, Any] = field(default_factory=dict)
     int4: Mapping[str, PackedWeight] = field(default_factory=dict)
@@ -59,11 +120,11 @@ class Checkpoint:
     @cached_property
     def main_dtype(self) -> torch.dtype:
         """Floating-point dtype of most weights that are not INT4, by bytes."""
-        sizes: Counter[torch.dtype] = Counter()
+        sizes: Counter[DType] = Counter()
         for ref in self.tensors.values():
             if ref.dtype.is_floating_point:
                 sizes[ref.dtype] += ref.bytes
-        return sizes.most_common(1)[0][0]
+        return sizes.most_common(1)[0][0].torch
 
 
 class ReadLayout(Protocol):
@@ -74,7 +135,7 @@ class ReadLayout(Protocol):
     def matches(self, folder: Path) -> bool:
         """Return whether the directory has this layout; reads only file names and configs."""
 
-    def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
+    def open(self, folder: Path, base: Path | None = None) -> CheckpointFiles:
         """Read configs and weight locations. `base` is the directory of the base LLM, for layouts that need one.
 
         Raises LayoutError for missing, unknown or contradictory values and files.
@@ -150,7 +211,13 @@ def _shape_error(ref: TensorRef, expected: str) -> LayoutError:
     return LayoutError("", file=ref.file.path, field=ref.name, value=list(ref.shape), expected=expected)
 
 
-Pack = Callable[[Int4Weight], Mapping[str, Writable]]
+Pack = Callable[["Int4Weight"], Mapping[str, "Writable"]]
+
+
+def _write_weights(tensors: Mapping[str, Writable], folder: Path) -> None:
+    from vila.model.save_weights import write_weights
+
+    write_weights(tensors, folder)
 
 
 @dataclass(frozen=True)
@@ -164,7 +231,7 @@ class WeightStorage:
 
     pack: Pack | None = None
     quantization_config: Mapping[str, Any] = field(default_factory=dict)
-    save: Callable[[Mapping[str, Writable], Path], None] = write_weights
+    save: Callable[[Mapping[str, Writable], Path], None] = _write_weights
 
     def check(self, model: Any) -> None:
         """Raise LayoutError for a 4-bit model that is to be stored in full precision."""
@@ -193,6 +260,8 @@ class WeightStorage:
 
     def cast(self, tensors: Mapping[str, Writable]) -> dict[str, Writable]:
         """Cast tensors to the dtype of the file: float16 alongside 4-bit weights, else unchanged."""
+        from vila.model.save_weights import as_float16
+
         return dict(tensors) if self.pack is None else as_float16(tensors)
 
     def config(self, model: Any) -> Any:
@@ -201,6 +270,8 @@ class WeightStorage:
         # The dtype of a model that was not loaded from files is unset.
         config.dtype = config.dtype or model.dtype
         if self.pack is not None:
+            import torch
+
             for part in (config, config.text_config, config.vision_config):
                 part.dtype = torch.float16
         return config
@@ -248,9 +319,9 @@ _KEY = "quantization_config"
 
 
 def checkpoint_with_int4(
-    checkpoint: Checkpoint, refs: Mapping[str, TensorRef], packed: Mapping[str, PackedWeight], folder: Path
-) -> Checkpoint:
-    """Return the checkpoint with the given tensors and 4-bit weights, and without `quantization_config` in its configs.
+    checkpoint: CheckpointFiles, refs: Mapping[str, TensorRef], packed: Mapping[str, PackedWeight], folder: Path
+) -> CheckpointFiles:
+    """Return the checkpoint with the given tensors and 4-bit weights.
 
     Raises LayoutError if there is no 4-bit weight, or one outside the decoder blocks.
     """
@@ -258,9 +329,6 @@ def checkpoint_with_int4(
         hint = f"remove {_KEY} from config.json if the weights are in 16 bits, else download the checkpoint again"
         raise LayoutError("no .qweight tensors in a 4-bit checkpoint", file=folder, hint=hint)
     check_int4_names(packed, folder)
-    configs: tuple[Any, ...] = (checkpoint.config, checkpoint.config.text_config)
-    for config in configs:
-        vars(config).pop(_KEY, None)
     return replace(checkpoint, folder=folder, tensors=refs, int4=packed)
 
 

@@ -1,26 +1,31 @@
-"""Build `VilaConfig` and `VilaProcessor` from the parts of a model, and check that the parts are compatible."""
+"""Combine the parts of a model to settings and processor files, and check that the parts are compatible."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
-
-from transformers import PretrainedConfig
 
 from vila.core.errors import LayoutError
 from vila.core.vision_spec import ImageMode, VisionSpec
-from vila.model.config import VilaConfig
+from vila.model.layouts.base import ProcessorFiles
 from vila.model.layouts.tower_files import TowerSpec
-from vila.model.processor import VilaProcessor
-from vila.model.projector import num_projected_tokens
-from vila.model.vision_tower import check_features, check_image_size, has_cls_token, num_patches
+from vila.model.settings import ModelSettings
+from vila.model.vision_sizes import (
+    check_features,
+    check_image_size,
+    has_cls_token,
+    num_patches,
+    num_projected_tokens,
+)
 
 
-def build_config(
+def build_settings(
     *,
-    llm: PretrainedConfig,
+    llm: Any,
     tower: TowerSpec,
-    tokenizer: Any,
+    tokenizer_folder: Path,
+    load_tokenizer: Callable[[], Any],
     projector: str,
     select_layer: int,
     select_feature: str,
@@ -32,9 +37,10 @@ def build_config(
     num_video_frames: int = 8,
     vision_source: str = "",
     exif_orientation: bool = True,
-) -> tuple[VilaConfig, VilaProcessor]:
-    """Build config and processor of a model from its parts, including all derived sizes.
+) -> tuple[ModelSettings, ProcessorFiles]:
+    """Return settings and processor files of a model, including all derived sizes.
 
+    load_tokenizer: reads the tokenizer; called when the processor is loaded.
     Raises LayoutError with the field for incompatible parts.
     """
     check_features(tower.config, select_layer, select_feature)
@@ -52,34 +58,36 @@ def build_config(
         num_video_frames=num_video_frames,
         exif_orientation=exif_orientation,
     )
-    # Outside both the tokenizer's and the LLM's vocabulary, so that the model cannot generate it.
-    placeholder = max(len(tokenizer), llm.vocab_size) if image_token_id is None else image_token_id
-    config = VilaConfig(
+
+    def load() -> tuple[Any, int]:
+        tokenizer = load_tokenizer()
+        # Outside both the tokenizer's and the LLM's vocabulary, so that the model cannot generate it.
+        placeholder = max(len(tokenizer), llm.vocab_size) if image_token_id is None else image_token_id
+        return tokenizer, placeholder
+
+    settings = ModelSettings(
         vision_config=tower.config,
         text_config=llm,
         projector_type=projector,
         select_layer=select_layer,
         select_feature=select_feature,
-        image_token_id=placeholder,
+        image_token_id=image_token_id,
         vision_spec=spec.to_dict(),
         template=template,
         s2_scales=scales,
         s2_max_split=s2_max_split,
         vision_source=vision_source,
     )
-    processor = VilaProcessor(tokenizer, vision_spec=spec.to_dict(), template=template, image_token_id=placeholder)
-    return config, processor
+    return settings, ProcessorFiles(tokenizer_folder, spec.to_dict(), template, load)
 
 
-def num_image_tokens(
-    tower: PretrainedConfig, image_size: int, scales: Sequence[int], projector: str, select_feature: str
-) -> int:
+def num_image_tokens(tower: Any, image_size: int, scales: Sequence[int], projector: str, select_feature: str) -> int:
     """Return the number of image placeholders per image. Raises LayoutError for incompatible parts."""
     patches = num_patches(tower, scales[0] if scales else image_size)
     return num_projected_tokens(projector, patches + (select_feature == "cls_patch" and has_cls_token(tower)))
 
 
-def check_vision_spec(config: VilaConfig, spec: VisionSpec) -> None:
+def check_vision_spec(config: ModelSettings, spec: VisionSpec) -> None:
     """Compare a stored vision spec with the tower and projector of a config. Raises LayoutError with the field."""
     tower = config.vision_config
     check_features(tower, config.select_layer, config.select_feature)

@@ -12,22 +12,20 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
-
-from transformers import GenerationConfig, PretrainedConfig
-from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from typing import TYPE_CHECKING, Any, Final
 
 from vila.core.errors import LayoutError
 from vila.core.reading import Fields, file_errors
-from vila.families import head_width
-from vila.model.config import VilaConfig
+from vila.families import FAMILIES, head_width
 from vila.model.int4_weights import PackedWeight
-from vila.model.vision_tower import TOWER_TYPES, has_cls_token, side_of
+from vila.model.settings import DEFAULTS, ModelSettings, plain_config
+from vila.model.vision_sizes import TOWER_TYPES, has_cls_token, side_of
 from vila.model.weights import Shape, TensorRef
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig
 
 MAX_LAYERS: Final = 1_000_000
 """Upper limit of layers in a config before comparison with the weights; configs contain lists of that length."""
@@ -82,12 +80,14 @@ def read_config(folder: Path) -> Fields:
     return Fields.of_file(path, LayoutError) if path.is_file() else Fields({}, path, error=LayoutError)
 
 
-def text_config(fields: Fields, kind: str) -> PretrainedConfig:
-    """Build transformers' config of an LLM of type `kind` from an old or new config.json.
+def text_config(fields: Fields, kind: str) -> Any:
+    """Read the config of an LLM of type `kind` from an old or new config.json.
+
+    Returns a PartConfig, or transformers' config for types and values that need it.
 
     Raises LayoutError with file, field and value for invalid values. `check_sizes` compares sizes with the weights.
     """
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if kind not in FAMILIES and not _is_causal_lm(kind):
         raise fields.refusal("model_type", f"transformers has no LLM of type {kind!r}")
     config = _part_config(fields, kind)
     if missing := [name for name in _TEXT_ATTRIBUTES if not isinstance(getattr(config, name, None), int)]:
@@ -95,18 +95,31 @@ def text_config(fields: Fields, kind: str) -> PretrainedConfig:
     return config
 
 
-def tower_config(fields: Fields, kind: str) -> PretrainedConfig:
-    """Build transformers' config of a vision tower of type `kind`. Raises LayoutError as `text_config`."""
+def _is_causal_lm(kind: str) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def tower_config(fields: Fields, kind: str) -> Any:
+    """Read the config of a vision tower of type `kind`. Raises LayoutError as `text_config`."""
     if kind not in TOWER_TYPES:
         raise fields.refusal("model_type", f"no vision tower of type {kind!r}", expected=", ".join(TOWER_TYPES))
     return _part_config(fields, kind)
 
 
-def _part_config(fields: Fields, kind: str) -> PretrainedConfig:
+def _part_config(fields: Fields, kind: str) -> Any:
     _check_values(fields)
     _check_rope(fields)
+    _check_heads(fields, kind)
+    build = partial(_build_config, fields, kind)
+    return plain_config(fields, kind, build) or build()
+
+
+def _build_config(fields: Fields, kind: str) -> PretrainedConfig:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     config_class = CONFIG_MAPPING[kind]
-    _check_heads(fields, config_class)
     known = {field.name for field in dataclass_fields(config_class)} | _UNDECLARED | set(config_class.attribute_map)
     # transformers does not treat a null rotary setting as its default, and modifies nested objects in place.
     plain = {
@@ -118,10 +131,17 @@ def _part_config(fields: Fields, kind: str) -> PretrainedConfig:
         return config_class(**plain)
 
 
-def _check_heads(fields: Fields, config_class: type[PretrainedConfig]) -> None:
+def _default(kind: str, key: str) -> Any:
+    if kind in DEFAULTS:
+        return DEFAULTS[kind].get(key)
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return getattr(CONFIG_MAPPING[kind], key, None)
+
+
+def _check_heads(fields: Fields, kind: str) -> None:
     heads, width = (
-        fields.integer(key, getattr(config_class, key, None), minimum=1)
-        for key in ("num_attention_heads", "hidden_size")
+        fields.integer(key, _default(kind, key), minimum=1) for key in ("num_attention_heads", "hidden_size")
     )
     if isinstance(heads, int) and isinstance(width, int) and width % heads and fields.get("head_dim") is None:
         raise fields.refusal("num_attention_heads", expected=f"a divisor of hidden_size, {width:,}")
@@ -131,6 +151,10 @@ def _without_nulls(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+
+
+_COMMON_ACTIVATIONS = ("silu", "gelu", "quick_gelu", "gelu_pytorch_tanh", "relu")
+"""Activations that need no look into transformers, which takes seconds to import."""
 
 
 def _check_values(fields: Fields) -> None:
@@ -156,7 +180,10 @@ def _check_values(fields: Fields) -> None:
     for key in fields.keys() & set(_FLAGS):
         fields.flag(key)
     for key in fields.keys() & {"hidden_act"}:
-        fields.text(key, choices=sorted(ACT2FN))
+        if fields[key] not in _COMMON_ACTIVATIONS:
+            from transformers.activations import ACT2FN
+
+            fields.text(key, choices=sorted(ACT2FN))
     for key in ("dtype", "torch_dtype"):
         fields.text(key, None, choices=("float32", "float16", "bfloat16", "float64"))
     fields.texts("layer_types", None)
@@ -207,7 +234,12 @@ def _check_one_rope(rope: Fields) -> None:
     if not rope:
         return
     key = "rope_type" if rope.get("rope_type") is not None or "type" not in rope else "type"
-    kind = rope.text(key, "default", choices=("default", *ROPE_INIT_FUNCTIONS))
+    kind = rope.get(key)
+    if kind is not None and kind not in ("default", *_ROPE_NUMBERS):
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        rope.text(key, choices=("default", *ROPE_INIT_FUNCTIONS))
+    kind = kind or "default"
     for name, least, greatest in _ROPE_NUMBERS.get(kind, ()):
         rope.number(name, minimum=least, maximum=greatest)
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
@@ -238,6 +270,13 @@ _LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
 _GENERATION_FLAGS = ("do_sample", "use_cache", "output_attentions", "output_hidden_states", "return_dict_in_generate")
 
 
+_CHECKED_GENERATION_KEYS = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens", "repetition_penalty",
+    "transformers_version", "_from_model_config", *_LENGTHS, *_SAMPLING, *_GENERATION_FLAGS,
+}  # fmt: skip
+"""Keys of which transformers accepts every value that has passed our checks, except lengths of 0."""
+
+
 def read_generation_config(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, Any]:
     """Read generation_config.json of a directory without the keys `ignored`; empty if there is none.
 
@@ -259,12 +298,15 @@ def read_generation_config(folder: Path, ignored: tuple[str, ...] = ()) -> dict[
         fields.flag(key, None)
     unused = () if fields.get("do_sample") else tuple(_SAMPLING)
     plain = {key: value for key, value in fields.items() if value is not None and key not in unused}
-    build_generation_config(plain, path)
+    if not plain.keys() <= _CHECKED_GENERATION_KEYS or 0 in (plain.get(key) for key in _LENGTHS):
+        build_generation_config(plain, path)
     return plain
 
 
 def build_generation_config(values: Mapping[str, Any], file: Path) -> GenerationConfig:
     """Build transformers' generation config. Raises LayoutError with the file for values that it rejects."""
+    from transformers import GenerationConfig
+
     with file_errors(file, LayoutError):
         return GenerationConfig.from_dict(copy.deepcopy(dict(values)))
 
@@ -289,7 +331,12 @@ class StoredShape:
 
 
 def check_sizes(
-    config: VilaConfig, refs: Mapping[str, TensorRef], int4: Mapping[str, PackedWeight], *, text: Fields, vision: Fields
+    config: ModelSettings,
+    refs: Mapping[str, TensorRef],
+    int4: Mapping[str, PackedWeight],
+    *,
+    text: Fields,
+    vision: Fields,
 ) -> None:
     """Compare a config with the shapes of the weights, by our names.
 

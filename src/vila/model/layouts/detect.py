@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vila.core.errors import LayoutError
 from vila.core.registry import Registry
-from vila.model.layouts.base import Checkpoint, ModelLayout, ReadLayout
+from vila.model.layouts.base import CheckpointFiles, ModelLayout, ReadLayout
 from vila.model.layouts.config_file import check_sizes
 
 LAYOUTS: Registry[ModelLayout] = Registry(
@@ -59,7 +59,7 @@ def _model_below(folder: Path) -> str | None:
     return f"did you mean {' or '.join(map(str, found[:3]))}?" if found else None
 
 
-def open_folder(folder: Path, base: Path | None = None) -> Checkpoint:
+def open_folder(folder: Path, base: Path | None = None) -> CheckpointFiles:
     """Detect and open a directory, and compare its config with the shapes of its weights.
 
     Raises LayoutError as the layout does, and for sizes that differ.
@@ -69,13 +69,13 @@ def open_folder(folder: Path, base: Path | None = None) -> Checkpoint:
     return checkpoint
 
 
-def check_checkpoint_sizes(checkpoint: Checkpoint) -> None:
+def check_checkpoint_sizes(checkpoint: CheckpointFiles) -> None:
     """Compare the sizes of a config with the shapes of the weights, before any module is built.
 
     Raises LayoutError with file, field and both sizes.
     """
     sources = checkpoint.sources
-    check_sizes(checkpoint.config, checkpoint.tensors, checkpoint.int4, text=sources.text, vision=sources.vision)
+    check_sizes(checkpoint.settings, checkpoint.tensors, checkpoint.int4, text=sources.text, vision=sources.vision)
 
 
 def detect_full_precision(folder: Path) -> ReadLayout | None:

@@ -14,17 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from tokenizers import Tokenizer
-from transformers import AddedToken, AutoConfig
-
 from vila.chat.templates import find_template
 from vila.core.errors import LayoutError
 from vila.core.files import write_json
 from vila.core.reading import Fields
 from vila.core.vision_spec import IMAGE_MODES, MAX_SIDE, MAX_VIDEO_FRAMES, ImageMode
 from vila.model.layouts.base import (
-    Checkpoint,
+    CheckpointFiles,
     FullPrecisionLayout,
     Prefixes,
     Sources,
@@ -33,7 +29,7 @@ from vila.model.layouts.base import (
     map_names,
     to_layout_name,
 )
-from vila.model.layouts.build_config import build_config
+from vila.model.layouts.build_config import build_settings
 from vila.model.layouts.config_file import MAX_LAYERS, read_config, read_generation_config, text_config, tower_config
 from vila.model.layouts.known_checkpoints import known_template
 from vila.model.layouts.tokenizer_files import check_placeholder, read_tokenizer, write_tokenizer
@@ -158,40 +154,43 @@ class LlavaHfLayout(FullPrecisionLayout):
         config = read_config(folder)
         return config.get("model_type") == "llava" and "text_config" in config
 
-    def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
+    def open(self, folder: Path, base: Path | None = None) -> CheckpointFiles:
         """Read the configs. Raises LayoutError for unsupported LLaVA variants."""
         fields = read_config(folder)
         text, vision = fields.section("text_config"), fields.section("vision_config")
-        # Old configs contain only values that differ from the defaults of the config classes.
-        defaults = AutoConfig.for_model("llava")
         llm = text_config(text, text.text("model_type", "llama"))
-        tower = (
-            tower_config(vision, vision.text("model_type", "clip_vision_model")) if vision else defaults.vision_config
-        )
-        layer = _select_layer(fields, defaults)
+        # Old configs contain only values that differ from the defaults of the config classes.
+        tower = tower_config(vision, vision.text("model_type", "clip_vision_model")) if vision else _default_tower()
+        layer = _select_layer(fields)
         if not fields.flag("multimodal_projector_bias", True):
             raise fields.refusal("multimodal_projector_bias", "a projector without biases is not supported")
         refs, unexpected = map_names(list_tensors(find_weight_files(folder)), (*NAME_PREFIXES, *_NEW))
         projector = _projector(fields, refs)
-        tokenizer = read_tokenizer(folder)
         ours = fields.section("vila")
-        image_id = fields.integer("image_token_index", defaults.image_token_index, minimum=1)
+        image_id = fields.integer("image_token_index", _IMAGE_TOKEN_INDEX, minimum=1)
         placeholder: int | None = image_id
         if rows := ours.integer("vocab_size", None, minimum=1):
             llm.vocab_size = rows
             placeholder = None
             refs.update({name: keep_rows(refs[name], rows) for name in VOCABULARY if name in refs})
-            _remove_image_token(tokenizer)
-        else:
-            check_placeholder(fields, "image_token_index", image_id, tokenizer)
+
+        def load_tokenizer() -> Any:
+            tokenizer = read_tokenizer(folder)
+            if rows:
+                _remove_image_token(tokenizer)
+            else:
+                check_placeholder(fields, "image_token_index", image_id, tokenizer)
+            return tokenizer
+
         images = _image_fields(folder)
         strategy = fields.text("vision_feature_select_strategy", "default", choices=("default", "full"))
         mode = "pad" if images.flag("do_pad", False) else "square"
         with fields.naming(_FIELDS):
-            config, processor = build_config(
+            settings, processor = build_settings(
                 llm=llm,
                 tower=tower_spec(tower, images, vision, _image_side(images)),
-                tokenizer=tokenizer,
+                tokenizer_folder=folder,
+                load_tokenizer=load_tokenizer,
                 projector=projector,
                 select_layer=layer,
                 select_feature="patch" if strategy == "default" else "cls_patch",
@@ -205,7 +204,7 @@ class LlavaHfLayout(FullPrecisionLayout):
         # The suppressed id is that of <image>, which our model does not have.
         generation = read_generation_config(folder, ignored=("suppress_tokens",))
         sources = Sources(fields, text, vision, _FIELDS)
-        return Checkpoint(folder, config, processor, refs, sources, unexpected, generation)
+        return CheckpointFiles(folder, settings, processor, refs, sources, unexpected, generation)
 
     def check_writable(self, config: Any, processor: Any) -> None:
         """Raise LayoutError for a config that transformers' LLaVA does not support."""
@@ -240,6 +239,8 @@ class LlavaHfLayout(FullPrecisionLayout):
 
 def with_image_token(processor: Any) -> tuple[Any, int]:
     """Return a copy of the tokenizer with `<image>` as a special token, and the id of that token."""
+    from transformers import AddedToken
+
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
     return tokenizer, int(tokenizer.convert_tokens_to_ids(IMAGE))
@@ -258,12 +259,20 @@ def _image_side(images: Fields) -> int | None:
     return None
 
 
-def _select_layer(fields: Fields, defaults: Any) -> int:
+_IMAGE_TOKEN_INDEX, _SELECT_LAYER = 32000, -2
+"""Defaults of transformers' LlavaConfig."""
+
+
+def _default_tower() -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model("llava").vision_config
+
+
+def _select_layer(fields: Fields) -> int:
     if isinstance(fields.get("vision_feature_layer"), list):
         raise fields.refusal("vision_feature_layer", "features of several layers are not supported")
-    return fields.integer(
-        "vision_feature_layer", defaults.vision_feature_layer, minimum=-MAX_LAYERS, maximum=MAX_LAYERS
-    )
+    return fields.integer("vision_feature_layer", _SELECT_LAYER, minimum=-MAX_LAYERS, maximum=MAX_LAYERS)
 
 
 def _projector(fields: Fields, refs: dict[str, TensorRef]) -> str:
@@ -275,6 +284,8 @@ def _projector(fields: Fields, refs: dict[str, TensorRef]) -> str:
     for leaf, ref in second.items():
         if ref is None:
             raise LayoutError("missing", file=folder, field=f"multi_modal_projector.linear_2.{leaf}")
+        import torch
+
         with ref.file.open() as get:
             tensor = get(ref.name)
             expected = torch.eye(tensor.shape[0]) if leaf == "weight" else torch.zeros(tensor.shape[0])
@@ -296,6 +307,8 @@ def _image_fields(folder: Path) -> Fields:
 
 
 def _remove_image_token(tokenizer: Any) -> None:
+    from tokenizers import Tokenizer
+
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] != IMAGE]
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(spec))
@@ -303,6 +316,8 @@ def _remove_image_token(tokenizer: Any) -> None:
 
 def _weights(state: dict[str, Any], config: Any, rows: int) -> dict[str, Any]:
     """Return the weights by LLaVA's names, with `rows` rows of embeddings and LM head."""
+    import torch
+
     for name in VOCABULARY:
         if name in state and rows > state[name].shape[0]:
             # Computed from the stored dtype, so that writing a model again gives the same row.

@@ -7,6 +7,7 @@ Also reads a stage-1 directory (`mm_projector.bin`) and a LoRA directory (`adapt
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from vila.core.reading import Fields
 from vila.families import FAMILIES, FAMILY_BY_LLAVA_TYPE, find_family
 from vila.model.hub import find_folder
 from vila.model.layouts.base import (
-    Checkpoint,
+    CheckpointFiles,
     FullPrecisionLayout,
     Prefixes,
     Sources,
@@ -24,7 +25,7 @@ from vila.model.layouts.base import (
     map_names,
     to_layout_name,
 )
-from vila.model.layouts.build_config import build_config
+from vila.model.layouts.build_config import build_settings
 from vila.model.layouts.config_file import MAX_LAYERS, read_config, read_generation_config, text_config
 from vila.model.layouts.known_checkpoints import known_template
 from vila.model.layouts.lora_adapter import TiedHead, read_adapter
@@ -66,7 +67,7 @@ class LlavaV1Layout(FullPrecisionLayout):
         config = read_config(folder)
         return "mm_vision_tower" in config and "llm_cfg" not in config and "text_config" not in config
 
-    def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
+    def open(self, folder: Path, base: Path | None = None) -> CheckpointFiles:
         """Read the configs. `base` is the LLM of a stage-1 or LoRA directory."""
         fields = read_config(folder)
         kind = FAMILY_BY_LLAVA_TYPE[fields.text("model_type", choices=tuple(FAMILY_BY_LLAVA_TYPE))].model_type
@@ -76,22 +77,23 @@ class LlavaV1Layout(FullPrecisionLayout):
         refs, tokenizer_folder = _llm_and_projector(folder, base, fields, llm)
         ours, unexpected = map_names(refs, PREFIXES)
         tower = self._tower(folder, fields, ours)
-        tokenizer = read_tokenizer(tokenizer_folder)
+        added: list[str] = []
         if fields.flag("mm_use_im_start_end", False):
             patch = ["<im_patch>"] if fields.flag("mm_use_im_patch_token", True) else []
-            tokenizer.add_tokens([*patch, "<im_start>", "<im_end>"], special_tokens=True)
+            added = [*patch, "<im_start>", "<im_end>"]
         with fields.naming(FIELDS):
-            config, processor = build_config(
+            settings, processor = build_settings(
                 llm=llm,
                 tower=tower,
-                tokenizer=tokenizer,
+                tokenizer_folder=tokenizer_folder,
+                load_tokenizer=partial(_load_tokenizer, tokenizer_folder, added),
                 projector=fields.text("mm_projector_type", "linear"),
                 vision_source=source if known_tower(source) else "",
                 **read_settings(folder, fields),
             )
         sources = Sources(fields, own, tower.source, FIELDS)
-        return Checkpoint(
-            folder, config, processor, ours, sources, unexpected, read_generation_config(tokenizer_folder)
+        return CheckpointFiles(
+            folder, settings, processor, ours, sources, unexpected, read_generation_config(tokenizer_folder)
         )
 
     def _tower(self, folder: Path, fields: Fields, ours: dict[str, TensorRef]) -> TowerSpec:
@@ -144,6 +146,13 @@ class LlavaV1Layout(FullPrecisionLayout):
         if model.generation_config is not None:
             model.generation_config.save_pretrained(part)
         write_tokenizer(processor.tokenizer, part, processor.template)
+
+
+def _load_tokenizer(folder: Path, added: list[str]) -> Any:
+    tokenizer = read_tokenizer(folder)
+    if added:
+        tokenizer.add_tokens(added, special_tokens=True)
+    return tokenizer
 
 
 def read_settings(folder: Path, fields: Fields) -> dict[str, Any]:

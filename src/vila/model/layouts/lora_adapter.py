@@ -10,27 +10,28 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple
-
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vila.core.errors import DownloadError, LayoutError
 from vila.core.files import atomic_path
 from vila.core.reading import file_errors
-from vila.model.config import VilaConfig
 from vila.model.hub import local_folder
 from vila.model.layouts.adapter_config import CONFIG_FILE, MERGE_WITH_PEFT, AdapterConfig, read_adapter_config
-from vila.model.layouts.base import Checkpoint
+from vila.model.layouts.base import CheckpointFiles
 from vila.model.layouts.config_file import read_config
 from vila.model.layouts.detect import open_folder
-from vila.model.layouts.native import read_native_config, read_processor
+from vila.model.layouts.native import MODEL_TYPE, read_native_config, read_processor
 from vila.model.layouts.tokenizer_files import write_tokenizer
-from vila.model.modeling import VilaForConditionalGeneration, build_on_meta
-from vila.model.processor import VilaProcessor
+from vila.model.settings import ModelSettings
 from vila.model.weights import Shape, TensorRef, list_tensors, open_weight_file, published_names
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vila.model.modeling import VilaForConditionalGeneration
+    from vila.model.processor import VilaProcessor
 
 # O outputs  I inputs  V vocabulary  D model width  R rank
 
@@ -242,6 +243,8 @@ def _with_product(base: TensorRef, parts: Mapping[str, TensorRef], module: str, 
 
 def _decomposed(weight: Tensor, down: Tensor, up: Tensor, scale: float, magnitude: Tensor, *, dimension: int) -> Tensor:
     """DoRA: `merge_lora` with the norm of each output (for embeddings: of each channel) set to `magnitude`."""
+    import torch
+
     direction = merge_lora(weight.float(), down, up, scale)
     norm = torch.linalg.norm(direction, dim=dimension, keepdim=True)
     return (direction * (magnitude.float().view(norm.shape) / norm)).to(weight.dtype)
@@ -249,6 +252,8 @@ def _decomposed(weight: Tensor, down: Tensor, up: Tensor, scale: float, magnitud
 
 def _without_init(weight: Tensor, rank: int, scale: float, init: str) -> Tensor:
     """Return the weight [O, I] that remains when PEFT subtracts the scaled initial adapter from the base."""
+    import torch
+
     wide = weight.float()
     if init == "pissa":
         left, values, right = torch.linalg.svd(wide, full_matrices=False)
@@ -273,6 +278,8 @@ def _with_rows(base: TensorRef, rows: TensorRef, module: str, config: AdapterCon
         raise _shape_error({"rows": rows}, base, f"rows {list(indices)[:8]} of trainable_token_indices")
 
     def replace_rows(value: Tensor) -> Tensor:
+        import torch
+
         with _opened({"rows": rows}) as tensors:
             return value.index_copy(0, torch.tensor(list(indices)), tensors["rows"].to(value.dtype))
 
@@ -282,6 +289,8 @@ def _with_rows(base: TensorRef, rows: TensorRef, module: str, config: AdapterCon
 @contextmanager
 def _opened(parts: Mapping[str, TensorRef]) -> Iterator[dict[str, Tensor]]:
     """Yield tensors of one file by the keys of `parts`, without gradients."""
+    import torch
+
     with next(iter(parts.values())).file.open() as get, torch.no_grad():
         yield {part: get(ref.name) for part, ref in parts.items()}
 
@@ -303,9 +312,9 @@ class AdapterLayout:
         """Return whether there is an adapter and no config.json of another layout."""
         if not (folder / CONFIG_FILE).is_file():
             return False
-        return not (folder / "config.json").exists() or read_config(folder).get("model_type") == VilaConfig.model_type
+        return not (folder / "config.json").exists() or read_config(folder).get("model_type") == MODEL_TYPE
 
-    def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
+    def open(self, folder: Path, base: Path | None = None) -> CheckpointFiles:
         """Open an adapter directory and its base model: `base`, or the one that adapter_config.json names.
 
         Raises LayoutError if the base model is missing, or is not the model that the adapter was trained on.
@@ -316,19 +325,19 @@ class AdapterLayout:
         if base_checkpoint.int4:
             hint = "pass the 16-bit model as base= or --model-base, and quantize the result"
             raise LayoutError("adapters cannot be merged into 4-bit weights", file=base_folder, hint=hint)
-        config, processor, sources = base_checkpoint.config, base_checkpoint.processor, base_checkpoint.sources
+        settings, processor, sources = base_checkpoint.settings, base_checkpoint.processor, base_checkpoint.sources
         if (folder / "config.json").is_file():
-            config, sources = read_native_config(folder)
-            _check_base(folder, base_folder, config, base_checkpoint.config)
+            settings, sources = read_native_config(folder)
+            _check_base(folder, base_folder, settings, base_checkpoint.settings)
         if (folder / "processor_config.json").is_file():
-            processor = read_processor(folder, config)
-        tied = _TIED if base_checkpoint.config.text_config.tie_word_embeddings else None
+            processor = read_processor(folder, settings)
+        tied = _TIED if base_checkpoint.settings.text_config.tie_word_embeddings else None
         refs, still_tied = read_adapter(folder, _by_parameter(base_checkpoint), tied)
         if tied and not still_tied:
-            config = copy.deepcopy(config)
-            config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
-        return Checkpoint(
-            folder, config, processor, refs, sources, base_checkpoint.unexpected, base_checkpoint.generation
+            settings = replace(settings, text_config=copy.copy(settings.text_config))
+            settings.text_config.tie_word_embeddings = False
+        return CheckpointFiles(
+            folder, settings, processor, refs, sources, base_checkpoint.unexpected, base_checkpoint.generation
         )
 
 
@@ -380,6 +389,8 @@ def write_adapter(
     base:          path or hub id of the base model, empty if it is not stored anywhere.
     whole_modules: modules that are stored completely, PEFT's `modules_to_save`.
     """
+    from safetensors.torch import save_file
+
     peft_config = copy.copy(model.peft_config["default"])
     peft_config.base_model_name_or_path = base or None
     peft_config.modules_to_save = whole_modules
@@ -397,13 +408,15 @@ def write_adapter(
         write_tokenizer(processor.tokenizer, part, processor.template)
 
 
-def _by_parameter(base: Checkpoint) -> dict[str, TensorRef]:
+def _by_parameter(base: CheckpointFiles) -> dict[str, TensorRef]:
     """Return the base's weights by parameter name, which adapters refer to."""
-    names = published_names(build_on_meta(base.config))
+    from vila.model.modeling import build_on_meta
+
+    names = published_names(build_on_meta(base.load().config))
     return {names.get(name, name): ref for name, ref in base.tensors.items()}
 
 
-def _check_base(folder: Path, base_folder: Path, adapted: VilaConfig, base: VilaConfig) -> None:
+def _check_base(folder: Path, base_folder: Path, adapted: ModelSettings, base: ModelSettings) -> None:
     pairs: dict[str, tuple[Any, Any]] = {}
     for part in ("text_config", "vision_config"):
         mine, its = getattr(adapted, part), getattr(base, part)

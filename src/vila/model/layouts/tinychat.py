@@ -10,14 +10,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from vila.core.errors import LayoutError
-from vila.kernels.int4 import Int4Weight
-from vila.kernels.packings import check_divides, pack_tinychat
+from vila.model.dtypes import FLOAT16
 from vila.model.int4_weights import (
     PackedWeight,
     check_complete,
@@ -29,10 +25,15 @@ from vila.model.int4_weights import (
 )
 from vila.model.layouts import llava_v1, vila_v15
 from vila.model.layouts.awq import require_int4
-from vila.model.layouts.base import Checkpoint, FullPrecisionLayout, WeightStorage, checkpoint_with_int4, map_names
+from vila.model.layouts.base import CheckpointFiles, FullPrecisionLayout, WeightStorage, checkpoint_with_int4, map_names
 from vila.model.layouts.detect import TORCH_SUFFIX, detect_full_precision
-from vila.model.save_weights import LazyTensor, Writable, write_torch_file
 from vila.model.weights import INDEX_FILES, SINGLE_FILES, TensorRef, list_tensors, open_weight_file, torch_weight_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vila.kernels.int4 import Int4Weight
+    from vila.model.save_weights import LazyTensor, Writable
 
 _LLM = "llm"
 _PREFIXES = llava_v1.PREFIXES
@@ -53,7 +54,7 @@ class TinychatLayout:
             return False
         return not (_has_weights(folder) or _has_weights(folder / _LLM))
 
-    def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
+    def open(self, folder: Path, base: Path | None = None) -> CheckpointFiles:
         """Open the file or directory; `base` is the directory of the 16-bit model.
 
         Raises LayoutError if no directory describes the model, or the tensors match no known packing.
@@ -74,6 +75,8 @@ class TinychatLayout:
 
     def check(self, model: Any, processor: Any) -> None:
         """Raise LayoutError for a full-precision model, one that neither layout supports, or unsupported sizes."""
+        from vila.kernels.packings import check_divides
+
         require_int4(model, self.name)
         for name, layer in int4_layers(model):
             check_divides(f"outputs of {name} in TinyChat's words", layer.out_features, 8)
@@ -86,6 +89,8 @@ class TinychatLayout:
 
         All weights except the 4-bit ones become float16. Raises LayoutError as `check`.
         """
+        from vila.model.save_weights import write_torch_file
+
         self.check(model, processor)
         size = require_int4(model, self.name)
         # TinyChat requires the suffix.
@@ -138,15 +143,19 @@ class _Packing:
     def part(self, ending: str) -> Tensor:
         """Return one of the packed tensors, once."""
         if not self._parts:
+            from vila.kernels.packings import pack_tinychat
+
             self._parts = pack_tinychat(self._weight)
         return self._parts.pop(ending)
 
 
 def _pack(weight: Int4Weight) -> dict[str, LazyTensor]:
+    from vila.model.save_weights import LazyTensor
+
     specs = packed_tensor_specs("tinychat", (weight.num_outputs, weight.num_inputs), weight.group_size)
     packing = _Packing(weight)
     return {
-        ending: LazyTensor(shape, kind or torch.float16, partial(packing.part, ending))
+        ending: LazyTensor(shape, (kind or FLOAT16).torch, partial(packing.part, ending))
         for ending, (shape, kind) in specs.items()
     }
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 import copy
 import shutil
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer, PretrainedConfig
-
-from vila.chat.jinja import chat_template
 from vila.chat.templates import find_template
-from vila.chat.tokenize import ids_before_text
 from vila.core.errors import LayoutError
 from vila.core.reading import Fields, file_errors, foreign_content, read_head, read_json_object, read_text
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _CONFIG, _MODEL, _FAST = "tokenizer_config.json", "tokenizer.model", "tokenizer.json"
 _SPECIALS_MAP = "special_tokens_map.json"
@@ -48,6 +46,8 @@ def read_tokenizer(folder: Path, config: PretrainedConfig | None = None) -> Any:
 
 
 def _load(folder: Path, fields: Fields, config: PretrainedConfig | None) -> Any:
+    from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer
+
     plain_llama = fields.text("tokenizer_class", "Llama").startswith("Llama")
     if config is None and plain_llama and (folder / _MODEL).is_file():
         return LlamaTokenizer.from_pretrained(
@@ -64,6 +64,8 @@ def _load(folder: Path, fields: Fields, config: PretrainedConfig | None) -> Any:
 
 def _probe(tokenizer: Any, fields: Fields) -> None:
     """Exercise the tokenizer, so that settings of a wrong type fail here."""
+    from vila.chat.tokenize import ids_before_text
+
     tokenizer.decode(ids_before_text(tokenizer))
     for name in _SPECIALS:
         if getattr(tokenizer, name, None) is not None and getattr(tokenizer, f"{name}_id", None) is None:
@@ -114,6 +116,8 @@ def _check_files(folder: Path) -> None:
         if (folder / name).is_file():
             read_text(folder / name, LayoutError)
     if (folder / _FAST).is_file():
+        from tokenizers import Tokenizer
+
         with file_errors(folder / _FAST, LayoutError):
             Tokenizer.from_file(str(folder / _FAST))
     if (folder / _MODEL).is_file():
@@ -121,6 +125,54 @@ def _check_files(folder: Path) -> None:
 
         with file_errors(folder / _MODEL, LayoutError):
             SentencePieceProcessor(model_file=str(folder / _MODEL))
+
+
+_PLAIN_CLASSES: Final = (
+    "TokenizersBackend",
+    "PreTrainedTokenizerFast",
+    "LlamaTokenizer",
+    "LlamaTokenizerFast",
+    "GPT2Tokenizer",
+    "Qwen2Tokenizer",
+)
+_PLAIN_SETTINGS: Final = frozenset((
+    "tokenizer_class", "add_bos_token", "add_eos_token", "add_prefix_space", "model_max_length", "padding_side",
+    "added_tokens_decoder", "clean_up_tokenization_spaces", "chat_template", "legacy", "use_default_system_prompt",
+    "sp_model_kwargs", "spaces_between_special_tokens", "errors", "split_special_tokens", "backend", "is_local",
+    "local_files_only", "processor_class", "model_input_names", "name_or_path", "vocab_size",
+    "additional_special_tokens", "extra_special_tokens", "auto_map", *_SPECIALS,
+))  # fmt: skip
+
+
+def is_plain_tokenizer(folder: Path, image_token_id: int | None) -> bool:
+    """Return whether a tokenizer.json and its settings are certainly valid, without transformers.
+
+    image_token_id: placeholder id; None is an id outside of the vocabulary. Where the result is False, `read_tokenizer`
+    decides. Raises LayoutError as `read_tokenizer` for files that it reads first.
+    """
+    from tokenizers import Tokenizer
+
+    fields = _read_settings(folder)
+    plain_class = fields.text("tokenizer_class", "PreTrainedTokenizerFast") in _PLAIN_CLASSES
+    if not plain_class or not fields.keys() <= _PLAIN_SETTINGS or not (folder / _FAST).is_file():
+        return False
+    specials = dict(fields)
+    if (folder / _SPECIALS_MAP).is_file():
+        specials |= Fields.of_file(folder / _SPECIALS_MAP, LayoutError)
+    for name in _OBJECTS[2:]:
+        if (folder / name).is_file():
+            read_json_object(folder / name, LayoutError)
+    try:
+        with file_errors(folder / _FAST, LayoutError):
+            tokenizer = Tokenizer.from_file(str(folder / _FAST))
+    except LayoutError:
+        return False
+    contents = [specials[name] for name in _SPECIALS if specials.get(name) is not None]
+    texts = [content["content"] if isinstance(content, dict) else content for content in contents]
+    token = None if image_token_id is None else tokenizer.id_to_token(image_token_id)
+    return all(tokenizer.token_to_id(text) is not None for text in texts) and (
+        token is None or "image" in token.lower()
+    )
 
 
 def check_placeholder(fields: Fields, key: str, id_: int, tokenizer: Any) -> None:
@@ -137,6 +189,8 @@ def write_tokenizer(tokenizer: Any, folder: Path, template: str, *, after_image_
 
     `tokenizer.model` is copied if there is one, for code that reads nothing else.
     """
+    from vila.chat.jinja import chat_template
+
     tokenizer = copy.copy(tokenizer)
     if template:
         tokenizer.chat_template = chat_template(find_template(template), after_image_space=after_image_space)

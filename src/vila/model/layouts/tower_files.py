@@ -10,11 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from vila.core.errors import LayoutError
 from vila.core.files import write_json
@@ -22,9 +18,11 @@ from vila.core.reading import Fields
 from vila.core.vision_spec import ImageMode, VisionSpec, channel_statistics
 from vila.model.layouts.base import FULL_PRECISION, Prefixes, WeightStorage, map_names, split_qkv
 from vila.model.layouts.config_file import read_config, tower_config
-from vila.model.save_weights import write_weights
-from vila.model.vision_tower import check_tower, side_of
+from vila.model.vision_sizes import check_tower, side_of
 from vila.model.weights import TensorRef, find_weight_files, list_tensors, published_state_dict
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Triple = tuple[float, float, float]
 
@@ -80,11 +78,12 @@ NON_VISION_PREFIXES = ("text_model.", "text_projection.", "visual_projection.", 
 class TowerSpec:
     """Config and image preprocessing of a tower.
 
+    config:     a PartConfig, or transformers' config.
     image_size: in pixels.
     source:     JSON object that the config was read from, for error messages.
     """
 
-    config: PretrainedConfig
+    config: Any
     image_size: int
     mean: Triple
     std: Triple
@@ -98,7 +97,7 @@ def known_tower(name: str) -> TowerSpec | None:
         return None
     values = dict(_KNOWN[name])
     source = Fields(_KNOWN[name], name, error=LayoutError)
-    return tower_spec(AutoConfig.for_model(values.pop("model_type"), **values), None, source)
+    return tower_spec(tower_config(source, values["model_type"]), None, source)
 
 
 def read_tower(folder: Path) -> TowerSpec:
@@ -116,9 +115,7 @@ def read_tower(folder: Path) -> TowerSpec:
     return tower_spec(config, Fields.of_file(preprocessor, LayoutError) if preprocessor.is_file() else None, fields)
 
 
-def tower_spec(
-    config: PretrainedConfig, preprocessor: Fields | None, source: Fields, image_size: int | None = None
-) -> TowerSpec:
+def tower_spec(config: Any, preprocessor: Fields | None, source: Fields, image_size: int | None = None) -> TowerSpec:
     """Build a tower's spec from its config and, if there is one, its preprocessor_config.json.
 
     image_size: if it differs from the config's (a tower may interpolate its position embeddings).
@@ -152,7 +149,7 @@ def read_image_mode(fields: Fields) -> ImageMode:
     return "pad" if aspect == "pad" else "resize" if aspect == "resize" else "square"
 
 
-def _from_intern_vit(fields: Fields) -> PretrainedConfig:
+def _from_intern_vit(fields: Fields) -> Any:
     fields.text("norm_type", "rms_norm", choices=("rms_norm",))
     if fields.number("layer_norm_eps", 1e-6, maximum=1.0) != 1e-6:
         # The query and key norms in transformers have no other value.
@@ -237,6 +234,8 @@ def from_intern_vit_tensors(refs: Mapping[str, TensorRef]) -> tuple[dict[str, Te
 
 def to_intern_vit_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `from_intern_vit_tensors`: query, key and value are fused again."""
+    import torch
+
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         block = _BLOCK.fullmatch(name)
@@ -270,6 +269,8 @@ def write_tower(model: Any, spec: VisionSpec, folder: Path, storage: WeightStora
 
     Weights are always safetensors; `storage` determines their dtype.
     """
+    from vila.model.save_weights import write_weights
+
     config = model.config.vision_config
     weights = published_state_dict(model.vision_tower)
     if config.model_type == "internvl_vision":

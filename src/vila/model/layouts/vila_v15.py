@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,13 @@ from vila.core.files import write_json
 from vila.core.reading import Fields
 from vila.core.vision_spec import MAX_SIDE, MAX_VIDEO_FRAMES
 from vila.model.hub import find_folder
-from vila.model.layouts.base import Checkpoint, FullPrecisionLayout, Sources, WeightStorage, map_names
-from vila.model.layouts.build_config import build_config
+from vila.model.layouts.base import CheckpointFiles, FullPrecisionLayout, Sources, WeightStorage, map_names
+from vila.model.layouts.build_config import build_settings
 from vila.model.layouts.config_file import read_config, read_generation_config, text_config
 from vila.model.layouts.llava_v1 import FIELDS, legacy_rope_settings, read_settings, vila_settings
 from vila.model.layouts.tokenizer_files import read_tokenizer, write_tokenizer
 from vila.model.layouts.tower_files import read_tower, tower_tensors, write_tower
-from vila.model.projector import check_projector
-from vila.model.save_weights import write_weights
+from vila.model.vision_sizes import check_projector
 from vila.model.weights import find_weight_files, list_tensors
 
 PART_FOLDERS = {"llm": "llm_cfg", "vision_tower": "vision_tower_cfg", "mm_projector": "mm_projector_cfg"}
@@ -35,7 +35,7 @@ class VilaV15Layout(FullPrecisionLayout):
         """Return whether config.json has a separate LLM config."""
         return "llm_cfg" in read_config(folder)
 
-    def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
+    def open(self, folder: Path, base: Path | None = None) -> CheckpointFiles:
         """Read the configs of the three directories."""
         fields = read_config(folder)
         llm_folder, tower_folder, projector_folder = (
@@ -61,10 +61,11 @@ class VilaV15Layout(FullPrecisionLayout):
             unexpected += unexpected_projector
         scales, max_split = _scales(fields)
         with fields.naming(FIELDS):
-            config, processor = build_config(
+            settings, processor = build_settings(
                 llm=llm,
                 tower=tower,
-                tokenizer=read_tokenizer(llm_folder),
+                tokenizer_folder=llm_folder,
+                load_tokenizer=partial(read_tokenizer, llm_folder),
                 projector=projector,
                 s2_scales=scales,
                 s2_max_split=max_split,
@@ -73,7 +74,8 @@ class VilaV15Layout(FullPrecisionLayout):
             )
         sources = Sources(fields, llm_fields, tower.source, FIELDS)
         unexpected += unexpected_tower
-        return Checkpoint(folder, config, processor, refs, sources, unexpected, read_generation_config(llm_folder))
+        generation = read_generation_config(llm_folder)
+        return CheckpointFiles(folder, settings, processor, refs, sources, unexpected, generation)
 
     def check_writable(self, config: Any, processor: Any) -> None:
         """Raise LayoutError for a tower that VILA-1.5's code does not support."""
@@ -128,6 +130,8 @@ def _write_llm(model: Any, processor: Any, folder: Path, config: Any) -> None:
 
 
 def _write_projector(model: Any, folder: Path, storage: WeightStorage) -> None:
+    from vila.model.save_weights import write_weights
+
     folder.mkdir()
     projector_config = {
         "architectures": ["MultimodalProjector"],
