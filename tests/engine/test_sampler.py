@@ -16,6 +16,7 @@ from vila.engine.sampler import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    most_likely,
     penalize_repetition,
     report_logprobs,
     row_generator,
@@ -131,3 +132,16 @@ def test_reported_log_probabilities_are_those_of_the_whole_vocabulary():
         best = expected[row].topk(4)
         assert report.top == tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
     assert len(report_logprobs(logits, ids, V + 5)[0].top) == V
+
+
+def test_most_likely_tokens_and_whether_they_are_finite():
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(0))
+    logits[1, 7] = torch.nan
+    logits[2, 8] = torch.inf
+    logits[3] = 1.0  # ties: the first
+    logits[4] = -torch.inf
+    ids, finite = most_likely(logits)
+    assert ids == logits.argmax(-1).tolist()
+    assert ids[1:4] == [7, 8, 0]
+    assert finite == [True, False, False, True, False, True]
+    assert most_likely(logits[:0]) == ([], [])

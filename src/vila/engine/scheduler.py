@@ -16,6 +16,7 @@ from vila.engine.attention import ForwardBatch, TokenRange
 from vila.engine.kv_cache import KVCachePool
 from vila.engine.request import Request
 from vila.engine.runner_torch import ModelRunner
+from vila.engine.sampler import most_likely
 from vila.engine.sampling_params import TokenEvent
 from vila.engine.vision_cache import HashedImage
 
@@ -182,9 +183,7 @@ class Scheduler:
 
     def _take_logits(self, work: Sequence[tuple[Request, TokenRange]], logits_NV: Tensor) -> None:
         """Sample tokens, or read the scores, from the logits of a step."""
-        greedy_N = logits_NV.argmax(-1)
-        is_finite = logits_NV.gather(1, greedy_N[:, None])[:, 0].isfinite().tolist()
-        greedy = greedy_N.tolist()
+        greedy, is_finite = most_likely(logits_NV)
         first = 0
         for request, tokens in work:
             places = slice(first, first + len(tokens.outputs))
@@ -215,8 +214,8 @@ class Scheduler:
         if not greedy:
             return None
         draft, request.draft = request.draft, []
-        for place, most_likely in enumerate(greedy):
-            token, report = request.sampler.sample(logits_NV[place : place + 1], most_likely)
+        for place, candidate in enumerate(greedy):
+            token, report = request.sampler.sample(logits_NV[place : place + 1], candidate)
             event = request.take(token, report)
             self.counts.new_tokens += 1
             if request.lookup is not None:
