@@ -1,5 +1,6 @@
 """Commands as a person meets them: what they print, how they fail, what they leave behind."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import yaml
 from typer.main import get_command
 
 from tests.cli.printed import cells, counts, words
+from tests.eval.mini_datasets import write_mini_datasets, write_mini_run
 from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila import __version__
 from vila.cli.main import _COMMANDS, app, main
@@ -198,3 +200,51 @@ def test_help_of_every_command_needs_no_torch():
     shown = [line.split("Usage: ")[1] for line in result.stdout.splitlines() if "Usage: " in line]
     assert [words for words in every if not any(line.startswith(f"{words} ") for line in shown)] == []
     assert len(shown) == len(every)
+
+
+WITHOUT_TORCH = """
+import contextlib, io, json, sys
+
+class Forbid:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Forbid())
+from vila.cli.main import main
+
+for words in json.loads(sys.argv[1]):
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            main(words)
+    except SystemExit as ended:
+        assert ended.code == 0, words
+    assert printed.getvalue(), words
+"""
+
+
+def test_commands_without_a_model_and_info_need_no_torch(tmp_path, model):
+    data = write_mini_datasets(tmp_path / "data")
+    write_mini_run(data, tmp_path / "run", ("pope",))
+    records = tmp_path / "records.jsonl"
+    turns = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]
+    records.write_text(json.dumps({"messages": turns}) + "\n")
+    predictions = str(tmp_path / "run" / "pope")
+    commands = [
+        ["info", str(model)],
+        ["info", str(model), "--json"],
+        ["convert", "--help"],
+        ["score", "pope", "--data", str(data), "--predictions", predictions],
+        ["compare", str(tmp_path / "run"), str(tmp_path / "run"), "--output", str(tmp_path / "out")],
+        ["data", "check", str(records)],
+        ["data", "stats", str(records)],
+        ["data", "index", str(records)],
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, json.dumps(commands)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr

@@ -263,8 +263,7 @@ def open_data(
     """
     from vila.config.load import load_recipe, recipe_names
     from vila.data.check import DataSets
-    from vila.data.dataset import DatasetEntry, open_mixture
-    from vila.train.build_data import build_mixture
+    from vila.data.dataset import DatasetEntry, build_mixture, open_mixture
 
     recipe: Recipe | None = None
     origins: dict[str, str] = {}

@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import groupby
 from math import floor
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vila.chat.content import expand_sample_videos
 from vila.chat.templates import find_template
@@ -30,6 +30,9 @@ from vila.media.image import open_image
 from vila.media.limits import DEFAULT_LIMITS
 from vila.media.transform import Bytes, normalise, shrinker, square_bytes
 from vila.media.video import open_frames
+
+if TYPE_CHECKING:
+    from vila.config.schema import Recipe
 
 _BLOCK = 1000
 
@@ -262,6 +265,11 @@ def open_mixture(entries: Iterable[DatasetEntry], seed: int, events: Events = SI
             )
         )
     return Mixture(datasets, seed)
+
+
+def build_mixture(recipe: Recipe, events: Events = SILENT) -> Mixture:
+    """Open the data sets of a recipe; `events` receives the progress of indexing."""
+    return open_mixture([DatasetEntry(**entry.model_dump()) for entry in recipe.data.mixture], recipe.seed, events)
 
 
 def open_dataset(entry: DatasetEntry, events: Events = SILENT) -> Source:

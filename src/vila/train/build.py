@@ -16,6 +16,7 @@ from vila.config.schema import Recipe
 from vila.core.errors import ConfigError, TrainingError
 from vila.core.files import DirectoryLock, remove_partials, write_json
 from vila.core.progress import SILENT, Events
+from vila.data.dataset import build_mixture
 from vila.data.fingerprint import FileFingerprint
 from vila.data.mixture import Mixture
 from vila.data.packing import micro_batch_note
@@ -24,7 +25,7 @@ from vila.model.layouts.detect import LAYOUTS
 from vila.model.loading import save_model
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
-from vila.train.build_data import build_data_stream, build_mixture, end_position, global_batch
+from vila.train.build_data import build_data_stream, end_position, global_batch
 from vila.train.callbacks import MetricsCallback, ReportCallback
 from vila.train.checkpoint import Checkpoint, CheckpointWriter, Progress, load_checkpoint, versions
 from vila.train.fsdp import World, open_world

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from vila.config.schema import Recipe
 from vila.core.errors import ConfigError
-from vila.core.progress import SILENT, Events
 from vila.data.bad_samples import BadSampleLog
 from vila.data.collate import Batch, collate
-from vila.data.dataset import DatasetEntry, SampleReader, open_mixture
+from vila.data.dataset import SampleReader
 from vila.data.mixture import Mixture
 from vila.data.packing import (
     PackedSequence,
@@ -92,11 +91,6 @@ class DataStream:
     def close(self) -> None:
         """Stop worker processes."""
         self.streams.close()
-
-
-def build_mixture(recipe: Recipe, events: Events = SILENT) -> Mixture:
-    """Open the data sets of a recipe; `events` receives the progress of indexing."""
-    return open_mixture([DatasetEntry(**entry.model_dump()) for entry in recipe.data.mixture], recipe.seed, events)
 
 
 def build_reader(recipe: Recipe, processor: VilaProcessor, mixture: Mixture) -> SampleReader:

@@ -15,14 +15,13 @@ from vila.core.errors import ConfigError, DataError, VilaError
 from vila.core.files import check_writable
 from vila.core.optional import require
 from vila.core.progress import SILENT, Events
-from vila.data.dataset import DatasetEntry, open_dataset
+from vila.data.dataset import DatasetEntry, build_mixture, open_dataset
 from vila.data.formats.base import FORMATS
 from vila.data.mixture import Mixture
 from vila.data.packing import streams_of_rank
 from vila.data.stats import require_images
 from vila.model.hub import cached_folder
 from vila.model.layouts.detect import LAYOUTS
-from vila.train.build_data import build_mixture
 from vila.train.trackers import require_trackers
 from vila.train.train_state import open_initial_model
 
