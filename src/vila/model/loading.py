@@ -103,6 +103,10 @@ def empty_model(
 
 def _tensors_by_parameter(model: VilaForConditionalGeneration, checkpoint: Checkpoint) -> dict[str, TensorRef]:
     """Return the weights of the checkpoint by parameter name."""
+    stored = {*checkpoint.tensors, *(f"{name}.weight" for name in checkpoint.int4)}
+    if stored == {name for name, _ in model.named_parameters()}:
+        # transformers compiles the renaming rules of all its models, which takes longer than a small model loads.
+        return dict(checkpoint.tensors)
     with checkpoint.sources.model.naming():
         names = published_names(model)
     return {names.get(name, name): ref for name, ref in checkpoint.tensors.items()}
