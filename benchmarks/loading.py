@@ -29,17 +29,23 @@ TOWER = "openai/clip-vit-large-patch14-336"
 
 def parts(size: str) -> tuple:
     """Return config and processor of the random model."""
+    from functools import partial
+
     from transformers import AutoTokenizer, LlamaConfig
 
-    from vila.model.layouts.build_config import build_config
+    from vila.model.config import build_vila_config
+    from vila.model.layouts.build_config import build_settings
     from vila.model.layouts.tower_files import known_tower
 
-    tokenizers = Path(__file__).parents[1] / "tests/golden/tokenizers"
-    return build_config(
+    folder = Path(__file__).parents[1] / "tests/golden/tokenizers/vicuna_v15_legacy_false"
+    settings, files = build_settings(
         llm=LlamaConfig(**SIZES[size], vocab_size=32000, max_position_embeddings=4096), tower=known_tower(TOWER),
-        tokenizer=AutoTokenizer.from_pretrained(tokenizers / "vicuna_v15_legacy_false"), projector="mlp2x_gelu",
-        select_layer=-2, select_feature="patch", image_mode="pad", template="vicuna_v1", vision_source=TOWER,
+        tokenizer_folder=folder, load_tokenizer=partial(AutoTokenizer.from_pretrained, folder),
+        projector="mlp2x_gelu", select_layer=-2, select_feature="patch", image_mode="pad", template="vicuna_v1",
+        vision_source=TOWER,
     )  # fmt: skip
+    processor = files.load()
+    return build_vila_config(settings, processor.image_token_id), processor
 
 
 def write_checkpoints(work: Path, size: str, layouts: list[str]) -> None:
