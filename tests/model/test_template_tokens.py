@@ -1,5 +1,7 @@
 """A template whose special tokens the tokenizer lacks is refused before weights are read."""
 
+import json
+
 import pytest
 import yaml
 
@@ -111,6 +113,16 @@ def test_fine_tuning_keeps_template_and_image_settings_that_the_recipe_does_not_
     changed = load_recipe(str(tmp_path / "r.yaml"), ["model.image_mode=pad", "model.template=starter_qa"])
     _, trained = load_initial_model(changed, open_initial_model(changed))
     assert (trained.template, trained.spec.image_mode, trained.spec.exif_orientation) == ("starter_qa", "pad", False)
+
+
+def test_error_of_a_recipe_names_the_checkpoint_whose_tokenizer_lacks_a_token(training_folder, tmp_path):
+    model, processor = tiny.vila()
+    save_model(model, processor, tmp_path / "base")
+    file = tmp_path / "base" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": None}))
+    with pytest.raises(TemplateError) as caught:
+        open_initial_model(tiny_recipe(training_folder, "x", f"model.path={tmp_path / 'base'}"))
+    assert caught.value.file == str(tmp_path / "base")
 
 
 def test_a_template_that_is_chosen_for_a_request_is_checked():

@@ -214,9 +214,9 @@ class _ModelSource:
                 raise ConfigError("requires --served-model-name", field="--base-url")
             return
         check_backend_flags(self.backend, self.device.partition(":")[0])
-        from vila.model.loading import open_checkpoint
+        from vila.model.loading import open_checkpoint, own_template
 
-        open_checkpoint(self.model, template=self.template or None).processor.find_template()
+        own_template(open_checkpoint(self.model, template=self.template or None))
 
     def identity(self) -> dict[str, Any]:
         """Return the identity of the model; `hash`: of its files, or URL and model name of the server."""

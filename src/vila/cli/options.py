@@ -282,11 +282,11 @@ def open_model(model: str, options: LoadOptions = LOAD) -> Checkpoint:
     Raises TemplateError if neither the checkpoint nor the flags name a template, ConfigError for a device or backend
     that is not available.
     """
-    from vila.model.loading import open_checkpoint
+    from vila.model.loading import open_checkpoint, own_template
 
     check_backend_flags(options, choose_device(options.device))
     checkpoint = open_checkpoint(model, revision=options.revision or None, **options.overrides)
-    checkpoint.processor.find_template()
+    own_template(checkpoint)
     return checkpoint
 
 

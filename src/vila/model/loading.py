@@ -11,6 +11,7 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from torch import nn
 
+from vila.chat.template import Template
 from vila.chat.templates import find_template
 from vila.chat.tokenize import check_special_tokens
 from vila.core.errors import ConfigError, LayoutError, WeightMismatchError
@@ -236,6 +237,12 @@ def open_checkpoint(
         check_templates(checkpoint, template)
         checkpoint.config.template = checkpoint.processor.template = template
     return checkpoint
+
+
+def own_template(checkpoint: Checkpoint) -> Template:
+    """Return the template of a checkpoint; errors as `VilaProcessor.find_template`, with the directory as `file`."""
+    with Fields({}, checkpoint.folder).naming():
+        return checkpoint.processor.find_template()
 
 
 def check_templates(checkpoint: Checkpoint, *names: str) -> None:

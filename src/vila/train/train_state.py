@@ -29,6 +29,7 @@ from vila.model.loading import (
     choose_dtype,
     open_checkpoint,
     open_components,
+    own_template,
 )
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
@@ -116,7 +117,7 @@ def open_initial_model(recipe: Recipe) -> Checkpoint:
         checkpoint = open_components(**settings)
     if source.template:
         checkpoint.config.template = checkpoint.processor.template = source.template
-    own = checkpoint.processor.find_template().name
+    own = own_template(checkpoint).name
     stage = data.template or own
     check_templates(checkpoint, *dict.fromkeys([own, *(entry.template or stage for entry in data.mixture)]))
     return checkpoint
