@@ -6,14 +6,17 @@ import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests import tiny
+from tests.model.layouts.published import FIXTURES
 from vila.core.reading import Fields
 from vila.model.expected_weights import _projector, expected_weights
-from vila.model.inspect import is_loadable
+from vila.model.inspect import inspect_checkpoint, is_loadable
+from vila.model.int4_weights import use_int4
 from vila.model.layouts.config_file import _LEFT_OUT, text_config, tower_config
 from vila.model.layouts.detect import open_folder
-from vila.model.loading import save_model
+from vila.model.loading import open_checkpoint, save_model
 from vila.model.projector import build_projector
 from vila.model.settings import DEFAULTS, PartConfig
+from vila.quant.apply import quantize_model
 
 BASE = {"dtype", "output_hidden_states", "transformers_version", "rope_parameters"}
 SIZES = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 2, "intermediate_size": 128}
@@ -99,3 +102,22 @@ def test_other_weights_and_tokenizers_are_left_to_loading(tmp_path):
     )
     (tmp_path / "m" / "tokenizer.json").write_text("{}")
     assert not is_loadable(files)
+
+
+@pytest.mark.parametrize("name", ["v1-float16", "v1-lora", "v15-s2"])
+def test_published_models_are_described_without_building_them(tmp_path, name):
+    written = FIXTURES[name](tmp_path)
+    files = open_folder(written.folder, written.base)
+    assert is_loadable(files)
+    assert inspect_checkpoint(files) == inspect_checkpoint(open_checkpoint(written.folder, base=written.base))
+
+
+@pytest.mark.parametrize("layout", ["llava-hf", "awq-hf", "tinychat"])
+def test_other_layouts_are_described_without_building_them(tmp_path, layout):
+    model, processor = tiny.vila(tower="clip", hidden_size=64, intermediate_size=128)
+    if layout != "llava-hf":
+        use_int4(model, quantize_model(model, None, 32))
+    save_model(model, processor, tmp_path / "m", layout)
+    files = open_folder(tmp_path / "m")
+    assert is_loadable(files)
+    assert inspect_checkpoint(files) == inspect_checkpoint(open_checkpoint(tmp_path / "m"))

@@ -145,16 +145,15 @@ _PLAIN_SETTINGS: Final = frozenset((
 
 
 def is_plain_tokenizer(folder: Path, image_token_id: int | None) -> bool:
-    """Return whether a tokenizer.json and its settings are certainly valid, without transformers.
+    """Return whether a tokenizer and its settings are certainly valid, without transformers.
 
-    image_token_id: placeholder id; None is an id outside of the vocabulary. Where the result is False, `read_tokenizer`
-    decides. Raises LayoutError as `read_tokenizer` for files that it reads first.
+    image_token_id: placeholder id; None is an id outside of the vocabulary.
+    Where the result is False, `read_tokenizer` decides. Raises LayoutError as `read_tokenizer` for files that it reads
+    first.
     """
-    from tokenizers import Tokenizer
-
     fields = _read_settings(folder)
-    plain_class = fields.text("tokenizer_class", "PreTrainedTokenizerFast") in _PLAIN_CLASSES
-    if not plain_class or not fields.keys() <= _PLAIN_SETTINGS or not (folder / _FAST).is_file():
+    plain_class = fields.text("tokenizer_class", "LlamaTokenizer") in _PLAIN_CLASSES
+    if not plain_class or not fields.keys() <= _PLAIN_SETTINGS:
         return False
     specials = dict(fields)
     if (folder / _SPECIALS_MAP).is_file():
@@ -163,16 +162,34 @@ def is_plain_tokenizer(folder: Path, image_token_id: int | None) -> bool:
         if (folder / name).is_file():
             read_json_object(folder / name, LayoutError)
     try:
-        with file_errors(folder / _FAST, LayoutError):
-            tokenizer = Tokenizer.from_file(str(folder / _FAST))
+        vocabulary = _read_vocabulary(folder)
     except LayoutError:
         return False
     contents = [specials[name] for name in _SPECIALS if specials.get(name) is not None]
     texts = [content["content"] if isinstance(content, dict) else content for content in contents]
-    token = None if image_token_id is None else tokenizer.id_to_token(image_token_id)
-    return all(tokenizer.token_to_id(text) is not None for text in texts) and (
-        token is None or "image" in token.lower()
-    )
+    token = next((token for token, id_ in vocabulary.items() if id_ == image_token_id), "image")
+    return bool(vocabulary) and vocabulary.keys() >= set(texts) and "image" in token.lower()
+
+
+def _read_vocabulary(folder: Path) -> dict[str, int]:
+    """Return the ids of all tokens; {} for files that only transformers reads. Raises LayoutError for damaged files."""
+    if (folder / _FAST).is_file():
+        from tokenizers import Tokenizer
+
+        with file_errors(folder / _FAST, LayoutError):
+            return dict(Tokenizer.from_file(str(folder / _FAST)).get_vocab(with_added_tokens=True))
+    if not (folder / _MODEL).is_file():
+        return {}
+    from sentencepiece import SentencePieceProcessor
+
+    with file_errors(folder / _MODEL, LayoutError):
+        model = SentencePieceProcessor(model_file=str(folder / _MODEL))
+    # The pieces that LLaMA's tokenizers begin with.
+    if [model.IdToPiece(id_) for id_ in range(min(3, len(model)))] != ["<unk>", "<s>", "</s>"]:
+        return {}
+    vocabulary = {model.IdToPiece(id_): id_ for id_ in range(len(model))}
+    added = folder / "added_tokens.json"
+    return vocabulary | (read_json_object(added, LayoutError) if added.is_file() else {})
 
 
 def check_placeholder(fields: Fields, key: str, id_: int, tokenizer: Any) -> None:
