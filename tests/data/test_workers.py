@@ -223,6 +223,8 @@ from pathlib import Path
 from vila.data.workers import WorkerStreams
 
 if __name__ == "__main__":
+    # A background job of a shell inherits an ignored SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     reader, policy = pickle.loads(Path(sys.argv[1]).read_bytes())
     streams = WorkerStreams(reader, 4, policy=policy, workers=2, start_method=sys.argv[3])
     streams.step()
