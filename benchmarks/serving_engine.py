@@ -76,8 +76,8 @@ def single(engine: Engine, requests: Requests, sampling: SamplingParams) -> list
 
 def together(batcher: Batcher, requests: Requests, sampling: SamplingParams) -> list[tuple[int, ...]]:
     """Run all requests concurrently."""
-    tickets = [batcher.submit(messages, sampling) for messages in requests]
-    return [ticket.generation().ids for ticket in tickets]
+    handles = [batcher.submit(messages, sampling) for messages in requests]
+    return [handle.generation().ids for handle in handles]
 
 
 def in_turn(batcher: Batcher, requests: Requests, sampling: SamplingParams) -> list[tuple[int, ...]]:
@@ -130,7 +130,7 @@ def prefill_delay(engine: Engine, batcher: Batcher, draw: random.Random, rounds:
 
     `chunk` is the longest of the four chunks when that prompt is prefilled alone.
     """
-    chunk, take, took = batcher._scheduler.chunk, batcher._scheduler.step, [0.0]
+    chunk, take, took = batcher._scheduler.prefill_chunk, batcher._scheduler.step, [0.0]
 
     def timed() -> None:
         begin = time.perf_counter()
@@ -157,6 +157,8 @@ def prefill_delay(engine: Engine, batcher: Batcher, draw: random.Random, rounds:
         asked = time.perf_counter()
         batcher.submit(late, SamplingParams(max_new_tokens=1)).generation()
         stream.cancel()
+        while not stream.done:
+            time.sleep(0.001)
         gaps = [(later, later - sooner) for sooner, later in itertools.pairwise(times)]
         steps.append(statistics.median(gap for at, gap in gaps if at < asked))
         waits.append(max(gap for at, gap in gaps if at >= asked))
