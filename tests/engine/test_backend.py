@@ -7,29 +7,13 @@ import torch
 
 from tests import tiny
 from tests.engine.onnx_fixtures import rounded, torch_engine
+from tests.events import EventLog
 from vila.core.errors import ConfigError
 from vila.engine.backend import check_backend, choose_program
 from vila.kernels.int4 import Int4Linear
 from vila.model.int4_weights import int4_layers, use_int4
 from vila.model.loading import choose_dtype
 from vila.quant.apply import quantize_model
-
-
-class Log:
-    def __init__(self):
-        self.lines = []
-
-    def started(self, task, total=None, unit=""):
-        pass
-
-    def advanced(self, task, amount=1, **facts):
-        pass
-
-    def log(self, text):
-        self.lines.append(text)
-
-    def finished(self, task, summary=""):
-        pass
 
 
 def four_bit():
@@ -39,13 +23,13 @@ def four_bit():
 
 
 def test_full_precision_model_runs_on_torch_without_a_log_line():
-    events = Log()
+    events = EventLog()
     assert choose_program(torch_engine().model, events=events) is None
     assert events.lines == []
 
 
 def test_int4_model_on_a_cpu_runs_on_onnxruntime_with_an_8_bit_head():
-    events = Log()
+    events = EventLog()
     model = four_bit()
     program = choose_program(model, threads=1, events=events)
     assert events.lines == ["backend: onnx on cpu, 1 threads, 4-bit weights, 8-bit activations, 8-bit head"]
@@ -53,7 +37,7 @@ def test_int4_model_on_a_cpu_runs_on_onnxruntime_with_an_8_bit_head():
 
 
 def test_int4_kernel_of_torch_is_logged():
-    events = Log()
+    events = EventLog()
     model = four_bit()
     assert choose_program(model, "torch", events=events) is None
     chosen = {layer.backend for _, layer in int4_layers(model)}
@@ -64,7 +48,7 @@ def test_int4_kernel_of_torch_is_logged():
 def test_without_onnxruntime_int4_model_runs_on_torch_with_a_logged_reason(monkeypatch):
     model = four_bit()
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    events = Log()
+    events = EventLog()
     assert choose_program(model, events=events) is None
     assert events.lines[0].startswith("backend: torch; not onnx: ")
     assert "pip install 'vila-vlm[onnx]'" in events.lines[0]
@@ -74,7 +58,7 @@ def test_without_onnxruntime_int4_model_runs_on_torch_with_a_logged_reason(monke
 
 
 def test_int4_model_that_onnxruntime_does_not_support_runs_on_torch_with_a_logged_reason():
-    events = Log()
+    events = EventLog()
     model, _ = tiny.vila(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
     use_int4(model, quantize_model(model, None, 16))
     assert choose_program(model, events=events) is None
@@ -94,7 +78,7 @@ def test_emulated_bfloat16_is_logged(monkeypatch):
     monkeypatch.setattr("vila.engine.backend.has_fast_bfloat16", lambda device: False)
     monkeypatch.setattr("vila.model.loading.has_fast_bfloat16", lambda device: False)
     engine = torch_engine()
-    events = Log()
+    events = EventLog()
     assert choose_program(engine.model.bfloat16(), events=events) is None
     assert "float32" in events.lines[0]
     assert choose_dtype("auto", "cpu", events) is torch.float32

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.events import EventLog
 from vila.core.errors import ConfigError, UnknownNameError
 from vila.kernels.int4 import Int4Linear, dequantize
 from vila.kernels.select import BACKENDS, unavailable_reason, use_backend
@@ -64,22 +65,12 @@ def test_empty_input_gives_empty_output(name, make_weight):
     assert layer(torch.zeros(0, 64, dtype=torch.bfloat16, device=DEVICE)).shape == (0, 8)
 
 
-class RecordedEvents:
-    """Records log lines."""
-
-    def __init__(self):
-        self.lines = []
-
-    def log(self, text):
-        self.lines.append(text)
-
-
 def model_of(make_weight, *group_sizes):
     return nn.ModuleDict({f"g{size}": Int4Linear.from_weight(make_weight(8, 96 * size, size)) for size in group_sizes})
 
 
 def test_auto_selects_aten_on_a_cpu_and_logs_it(make_weight):
-    model, events = model_of(make_weight, 32, 64), RecordedEvents()
+    model, events = model_of(make_weight, 32, 64), EventLog()
     choice = use_backend(model, dtype=torch.float32, events=events)
     assert choice.name == "aten" and {layer.backend for layer in model.values()} == {"aten"}
     assert events.lines == ["int4: aten on cpu, float32 activations, 2 layers"]

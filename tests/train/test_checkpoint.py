@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.events import EventLog
 from tests.train.finish import assert_identical, finish, on_step, sign, stop_after
 from tests.train.ranks import run_ranks
 from tests.train.tiny_run import tiny_recipe, write_training_files
@@ -232,16 +233,6 @@ def test_values_out_of_range_are_refused_with_the_field(stopped, tmp_path, chang
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(tmp_path, WORLD)
     assert (caught.value.file, caught.value.field) == (str(folder / "state.json"), field)
-
-
-class EventLog:
-    """Events that record their lines."""
-
-    def __init__(self):
-        self.lines = []
-
-    def log(self, text):
-        self.lines.append(text)
 
 
 @pytest.fixture

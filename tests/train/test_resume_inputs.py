@@ -8,6 +8,7 @@ import pytest
 
 import vila.train.build
 from tests import tiny
+from tests.events import EventLog
 from tests.pages import numbers
 from tests.starter.tiny_run import write_llm, write_vision
 from tests.train.finish import stop_after
@@ -35,25 +36,6 @@ def training_files(stopped, tmp_path):
     """A copy of it."""
     shutil.copytree(stopped, tmp_path / "training_files")
     return tmp_path / "training_files"
-
-
-class EventLog:
-    """Events that record their lines."""
-
-    def __init__(self):
-        self.lines = []
-
-    def log(self, text):
-        self.lines.append(text)
-
-    def started(self, task, total=None, unit=""):
-        pass
-
-    def advanced(self, task, amount=1, **facts):
-        pass
-
-    def finished(self, task, summary=""):
-        pass
 
 
 def resume(training_files, *allow, events=None):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.events import EventLog
 from tests.train.finish import assert_identical, finish, sign, stop_after
 from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.config.load import load_recipe
@@ -36,25 +37,6 @@ def make_version_one(folder):
     model |= {"image_mode": "pad", "template": "starter_qa"}
     assert list(model) == list(yaml.safe_load(RECIPE.read_text())["model"])
     write_json(folder / "state.json", state)
-
-
-class EventLog:
-    """Events that record their lines."""
-
-    def __init__(self):
-        self.lines = []
-
-    def started(self, task, total=None, unit=""):
-        pass
-
-    def advanced(self, task, amount=1, **facts):
-        pass
-
-    def log(self, text):
-        self.lines.append(text)
-
-    def finished(self, task, outcome="done"):
-        pass
 
 
 @pytest.fixture(scope="module")
