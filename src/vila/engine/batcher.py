@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vila.core.errors import ClosedError, ConfigError, ContextOverflowError, EngineDeadError, QueueFullError
+from vila.core.errors import ClosedError, ConfigError, EngineDeadError, QueueFullError
 from vila.engine.engine import Conversation, Engine
 from vila.engine.request import OnEvent, Request, RequestHandle
 from vila.engine.sampling_params import SamplingParams
@@ -122,7 +122,7 @@ class Batcher:
         *,
         template: str = "",
         timeout: float | None = None,
-        on_event: OnEvent = lambda event: None,
+        on_event: OnEvent | None = None,
         owner: str = "",
     ) -> RequestHandle:
         """Queue a conversation. Its prompt and images are prepared in the caller's thread.
@@ -140,11 +140,7 @@ class Batcher:
         request.deadline = math.inf if timeout is None else time.monotonic() + timeout
         request.owner = owner
         if request.columns > self._pool.max_length:
-            raise ContextOverflowError(
-                f"the prompt has {len(request.keys)} tokens and the answer up to {request.sampling.max_new_tokens}, "
-                f"but the KV cache holds {self._pool.max_length}",
-                hint="shorten them, or raise kv_tokens",
-            )
+            raise request.overflow_error(self._pool.max_length)
         request.handle.on_cancel = self._notify
         with self._changed:
             self._check_open()

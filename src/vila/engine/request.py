@@ -12,7 +12,7 @@ from queue import SimpleQueue
 from torch import Tensor
 
 from vila.chat.detokenize import Detokenizer, TextStream
-from vila.core.errors import CancelledError, DeadlineError, VilaError
+from vila.core.errors import CancelledError, ContextOverflowError, DeadlineError, VilaError
 from vila.engine.kv_cache import KVRow
 from vila.engine.prompt_lookup import PromptLookup
 from vila.engine.sampler import Sampler
@@ -253,6 +253,14 @@ class Request:
                 f"the answer was not complete within {self.deadline - self.begun:.3g} s ({self.taken} tokens)"
             )
         return None
+
+    def overflow_error(self, max_length: int) -> ContextOverflowError:
+        """Return the error of a request that is longer than the KV cache, which holds `max_length` tokens."""
+        return ContextOverflowError(
+            f"the prompt has {len(self.keys)} tokens and the answer up to {self.sampling.max_new_tokens}, but the KV "
+            f"cache holds {max_length}",
+            hint="shorten them, or raise kv_tokens",
+        )
 
     def take(self, token: int, logprob: TokenLogprob | None) -> TokenEvent | None:
         """Add a token to the answer; return the event for the owner, with `finish` for the last token."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vila.core.errors import CancelledError, ClosedError, ContextOverflowError, DeadlineError, NumericsError
+from vila.core.errors import CancelledError, ClosedError, DeadlineError, NumericsError
 from vila.engine.attention import ForwardBatch, TokenRange
 from vila.engine.kv_cache import KVCachePool
 from vila.engine.request import Request
@@ -117,7 +117,7 @@ class Scheduler:
             if row is None and self.running:
                 return
             if row is None:
-                self.end(request, _too_long(request, self.pool.max_length))
+                self.end(request, request.overflow_error(self.pool.max_length))
                 continue
             self.waiting.remove(request)
             request.kv_row, request.done = row, len(row.content)
@@ -331,14 +331,6 @@ def _score(request: Request, tokens: TokenRange, logits_NV: Tensor) -> TokenEven
         logprobs_NV = logits_NV.log_softmax(-1)
         request.scores += logprobs_NV[range(len(targets)), targets].tolist()
     return TokenEvent("", "stop") if request.done == len(request.keys) else None
-
-
-def _too_long(request: Request, max_length: int) -> ContextOverflowError:
-    return ContextOverflowError(
-        f"the prompt has {len(request.keys)} tokens and the answer up to {request.sampling.max_new_tokens}, "
-        f"but the KV cache holds {max_length}",
-        hint="shorten them",
-    )
 
 
 def _isolated(error: Exception) -> Exception:
