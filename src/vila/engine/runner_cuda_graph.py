@@ -74,7 +74,7 @@ class CudaGraphRunner(TorchRunner):
         self._graphs[rows, reads].replay()
 
     def _step(self, rows: int, reads: int) -> None:
-        """The captured step: every tensor that outlives it is written in place."""
+        """Run one decode step. It is captured, so every tensor that is used after it is written in place."""
         ids_B, columns_B = self._ids_R[:rows], self._columns_R[:rows]
         embeds_BD = self.model.get_input_embeddings()(ids_B)
         masks = {window: _mask(columns_B, reads, window, embeds_BD.dtype) for window in self._windows}

@@ -18,7 +18,7 @@ from vila.engine.vision_cache import Prompt
 # B batch rows  V vocab
 
 PLACEHOLDER = -1
-"""Stands for an image placeholder in the ids of `text_of`."""
+"""Value of image placeholders in the ids of `text_of`."""
 
 
 def penalize_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
@@ -98,7 +98,7 @@ def report_logprobs(logits_BV: Tensor, ids_B: Tensor, count: int) -> Sequence[To
 
 
 def most_likely(logits_NV: Tensor) -> tuple[list[int], list[bool]]:
-    """Return the most likely token of each row, and whether its logit is finite: NaN and infinity are the greatest."""
+    """Return the most likely token of each row, and whether its logit is finite; NaN counts as the greatest value."""
     if logits_NV.device.type == "cpu":
         # NumPy's argmax uses vector instructions, torch's does not: 0.06 instead of 1.2 ms for 8 rows of 49,152 logits.
         values_NV = logits_NV.numpy()

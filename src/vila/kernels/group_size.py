@@ -1,4 +1,4 @@
-"""Group sizes of INT4 weights: what the layers and the packings of other programs accept. Imports no torch."""
+"""Valid group sizes of INT4 weights, in the layers and in the packings of other programs. Imports no torch."""
 
 from __future__ import annotations
 

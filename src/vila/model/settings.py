@@ -1,4 +1,4 @@
-"""Settings of a model as plain values: what config files say, before transformers builds its config objects.
+"""Settings of a model as plain values, read from config files without the config objects of transformers.
 
 Reading a checkpoint's configs and describing it needs neither transformers nor torch, which take seconds to import.
 """
