@@ -188,3 +188,12 @@ def test_missing_files_are_named(tmp_path):
     )
     with refused("TextVQA_0.5.1_val.json", "dl.fbaipublicfiles.com", field="textvqa"):
         TextVqa(tmp_path).score([Answer("a", "x", f"Q\n{SHORT}")])
+
+
+def test_prompt_of_an_unknown_form_is_rejected_with_file_and_line(folder):
+    texts = (prompt(0), "one\ntwo\nthree")
+    rows = [{"question_id": image_id(n), "image": f"{image_id(n)}.jpg", "text": text} for n, text in enumerate(texts)]
+    file = jsonl(folder / "llava_textvqa_val_v051_ocr.jsonl", rows)
+    (folder / "train_images").mkdir(exist_ok=True)
+    with refused(file=file.name, record="line 2", value="one\ntwo\nthree"):
+        TextVqa(folder).items()

@@ -58,7 +58,7 @@ class TextVqa(AnnotatedBenchmark):
         times: Counter[Key] = Counter()
         items = []
         for question in read_questions(self.find_file(_QUESTIONS)):
-            key = str(question.question_id), question_of(question.text, question.record)
+            key = str(question.question_id), question_of(question.text, question.file, question.record)
             times[key] += 1
             truth = most_frequent(truths[key]["answers"]) if key in truths else ""
             messages = question_messages(images / question.image, question.text)
@@ -135,10 +135,10 @@ class TextVqa(AnnotatedBenchmark):
         return key
 
 
-def question_of(prompt: str, location: str) -> str:
+def question_of(prompt: str, file: str | Path | None, record: str | None = None) -> str:
     """Return the lower-case question of a prompt in any of the formats of the original scripts.
 
-    Raises DataError with `location` for any other prompt.
+    Raises DataError with `file` and `record` for any other prompt.
     """
     lines = prompt.split("\n")
     if prompt.startswith("OCR tokens: "):
@@ -151,7 +151,8 @@ def question_of(prompt: str, location: str) -> str:
         return lines[0].lower()
     raise DataError(
         "no question in the prompt",
-        file=location,
+        file=file,
+        record=record,
         value=prompt,
         expected="'QUESTION\\nReference OCR token: TOKENS\\nSUFFIX', the first two lines swapped, 'QUESTION\\nSUFFIX', "
         "or 'OCR tokens: TOKENS Question: QUESTION Short answer:'",
